@@ -1,0 +1,38 @@
+// The CUDA backend's public functions: one per stage, on a stream of the caller's device. They launch and return: no
+// synchronisation, no allocation, no host read of device data, so that every one can be captured in a CUDA graph.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include "dhsa.h"
+
+namespace dhsa::cuda {
+
+// Bytes of device memory that the stage needs beside its tensors, 256-byte aligned; a function of shapes alone.
+int64_t workspace_bytes(const BoundaryScores&);
+int64_t workspace_bytes(const SelectBoundaries&);
+int64_t workspace_bytes(const ChunkPool&);
+int64_t workspace_bytes(const QueryPool&);
+int64_t workspace_bytes(const ChunkScores&);
+int64_t workspace_bytes(const TokenScores&);
+int64_t workspace_bytes(const SelectKeys&);
+int64_t workspace_bytes(const SparseAttention&);
+int64_t workspace_bytes(const SparsePrefill&);
+int64_t workspace_bytes(const SparseDecode&);
+
+cudaError_t run(const BoundaryScores&, void* workspace, cudaStream_t);
+cudaError_t run(const SelectBoundaries&, void* workspace, cudaStream_t);
+cudaError_t run(const ChunkPool&, void* workspace, cudaStream_t);
+cudaError_t run(const QueryPool&, void* workspace, cudaStream_t);
+cudaError_t run(const ChunkScores&, void* workspace, cudaStream_t);
+cudaError_t run(const TokenScores&, void* workspace, cudaStream_t);
+cudaError_t run(const SelectKeys&, void* workspace, cudaStream_t);
+cudaError_t run(const SparseAttention&, void* workspace, cudaStream_t);
+cudaError_t run(const SparsePrefill&, void* workspace, cudaStream_t);
+cudaError_t run(const SparseDecode&, void* workspace, cudaStream_t);
+
+// Architectures compiled in, as "80,90a"; and whether the current device can run one of them.
+const char* archs_compiled();
+bool device_supported(int compute_major, int compute_minor);
+
+}  // namespace dhsa::cuda
