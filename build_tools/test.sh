@@ -1,0 +1,98 @@
+#!/usr/bin/env bash
+# Runs every test that this machine can, then says in a table what ran and what did not, and for each suite left out
+# the command that enables it. DHSA_TEST_REQUIRE=cpp,asan,arm turns the skip of a named suite into a failure.
+# Logs: build/test-logs/<suite>.log. Called by `make test`, which prepares $VENV.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+
+venv=$(cd "${VENV:-.venv}" && pwd)
+export PATH="$venv/bin:$PATH"  # cmake and ninja of the `test` extra, where the machine has none
+logs=build/test-logs
+mkdir -p "$logs"
+
+suites=(python cpp asan arm gpu)
+required=",${DHSA_TEST_REQUIRE:-},"
+for name in ${DHSA_TEST_REQUIRE//,/ }; do
+  [[ " ${suites[*]} " == *" $name "* ]] ||
+    { echo "DHSA_TEST_REQUIRE: expected names among ${suites[*]}, got $name" >&2; exit 2; }
+done
+
+declare -A result detail seconds
+
+# suite NAME COMMAND...: run it, show and keep what it prints, note how it went.
+suite() {
+  local name=$1 begin=$SECONDS status
+  shift
+  printf '\n==== %s: %s\n' "$name" "$*"
+  "$@" 2>&1 | tee "$logs/$name.log"
+  status=${PIPESTATUS[0]}
+  seconds[$name]=$((SECONDS - begin))
+  if ((status == 0)); then result[$name]=passed; else result[$name]=FAILED; fi
+  detail[$name]=$(summary "$logs/$name.log")
+  ((status == 0)) || detail[$name]+=" (exit $status, see $logs/$name.log)"
+}
+
+# skip NAME REASON COMMAND: the machine lacks something; COMMAND brings it.
+skip() {
+  result[$1]=skipped
+  [[ $required == *",$1,"* ]] && result[$1]=FAILED
+  seconds[$1]=-
+  detail[$1]="$2; to enable: $3"
+}
+
+# What a runner counted: pytest's closing line, or GoogleTest's, added up over its binaries and runs.
+summary() {
+  local pytest
+  pytest=$(grep -E '^(=+ )?[0-9]+ (passed|failed|skipped|error).* in [0-9.]+s' "$1" | tail -n 1)
+  if [[ -n $pytest ]]; then
+    sed -E 's/^=+ //; s/ in [0-9.]+s.*//' <<<"$pytest"
+  else
+    awk '/^\[  PASSED  \] [0-9]+ test/ {passed += $4; runs++} /^\[  FAILED  \] [0-9]+ test/ {failed += $4}
+         END {printf "%d C++ tests passed, %d failed, in %d runs", passed, failed, runs}' "$1"
+  fi
+}
+
+have() { command -v "$1" >/dev/null; }
+have_googletest() { echo '#include <gtest/gtest.h>' | "${CXX:-g++}" -E -x c++ - >/dev/null 2>&1; }
+have_sanitizers() {
+  local probe=$logs/sanitizer-probe
+  echo 'int main() {}' | "${CXX:-g++}" -fsanitize=address,undefined -x c++ - -o "$probe" 2>/dev/null && "$probe"
+}
+
+suite python "$venv/bin/python" -m pytest tests
+
+if ! have_googletest; then
+  skip cpp "no GoogleTest" "apt-get install libgtest-dev"
+  skip asan "no GoogleTest" "apt-get install libgtest-dev"
+else
+  suite cpp tests/run_cpp.sh
+  if have_sanitizers; then
+    suite asan tests/run_asan.sh
+  else
+    skip asan "no address or undefined-behaviour sanitizer" "apt-get install libasan8 libubsan1"
+  fi
+fi
+
+if have aarch64-linux-gnu-g++ && have qemu-aarch64-static && [[ -d /usr/src/googletest ]]; then
+  suite arm tests/run_arm.sh
+else
+  skip arm "no ARM64 cross-compiler, emulator or GoogleTest sources" \
+    "apt-get install g++-aarch64-linux-gnu qemu-user-static googletest"
+fi
+
+if have nvidia-smi && nvidia-smi -L >/dev/null 2>&1; then
+  suite gpu tests/gpu_check.sh --tests-only
+else
+  skip gpu "no NVIDIA GPU" "make gpu-check, on a machine with one"
+fi
+
+printf '\n%-8s %-8s %8s  %s\n' suite result seconds what
+passed=0 failed=0 skipped=0
+for name in "${suites[@]}"; do
+  printf '%-8s %-8s %8s  %s\n' "$name" "${result[$name]}" "${seconds[$name]}" "${detail[$name]}"
+  case ${result[$name]} in passed) ((++passed)) ;; FAILED) ((++failed)) ;; skipped) ((++skipped)) ;; esac
+done
+# Single Python tests that were skipped, with the reason that each gives.
+grep -hE '^SKIPPED ' "$logs/python.log" | sed 's/^/python   /'
+printf 'suites: %d passed, %d failed, %d skipped\n' "$passed" "$failed" "$skipped"
+((failed == 0))
