@@ -55,7 +55,8 @@ class ChunkIndex:
         self, k: torch.Tensor, offsets: torch.Tensor | None = None, num_chunks: torch.Tensor | None = None
     ) -> None:
         """Start anew from the keys k [B, Hkv, Lk, D]. Given offsets and num_chunks (another layer's) replace the
-        cuts, not the scores: the tail is still cut by this layer's own keys."""
+        cuts, not the scores: the tail is still cut by this layer's own keys.
+        """
         if (offsets is None) != (num_chunks is None):
             raise ValueError("dhsa_ext.ChunkIndex.prefill: offsets, num_chunks: expected both or neither, got one")
         scores = ops.boundary_scores(k, self.window)
