@@ -1,0 +1,75 @@
+// The ops on CUDA tensors: torch's current stream and device, torch's memory, the core's kernels. The schemas are
+// dhsa_ext/ops.py's, which also sends score "mass" and refine to the stages (their CUDA kernels do not exist yet).
+#include <cuda_runtime_api.h>
+#include <dlfcn.h>
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+
+#include <algorithm>
+
+#include "cuda/launch.h"
+#include "torch/ops.h"
+
+namespace dhsa::adapter {
+namespace {
+
+void check_cuda(cudaError_t error, const char* what) {
+  if (error != cudaSuccess) throw std::runtime_error(std::string("dhsa: ") + what + ": " + cudaGetErrorString(error));
+}
+
+// Looked up at run time in the CUDA torch already loaded: the library then also loads beside a CPU-only torch.
+cudaStream_t current_stream(int32_t device) {
+  using Getter = AOTITorchError (*)(int32_t, void**);
+  static const Getter getter = reinterpret_cast<Getter>(dlsym(RTLD_DEFAULT, "aoti_torch_get_current_cuda_stream"));
+  void* stream = nullptr;
+  if (getter == nullptr || getter(device, &stream) != 0) {
+    throw std::runtime_error("dhsa: expected a torch with CUDA that gives its current stream, got none");
+  }
+  return static_cast<cudaStream_t>(stream);
+}
+
+// One sentence before the first launch where no compiled arch runs on the GPU that is there.
+void check_device(int32_t device) {
+  static thread_local int32_t checked = -1;
+  if (checked == device) return;
+  int major = 0, minor = 0;
+  check_cuda(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "compute capability");
+  check_cuda(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device), "compute capability");
+  if (!cuda::device_supported(major, minor)) {
+    throw std::runtime_error("dhsa: expected a GPU of the compiled architectures " +
+                             std::string(cuda::archs_compiled()) + ", got sm_" + std::to_string(major) +
+                             std::to_string(minor) + ": rebuild with DHSA_CUDA_ARCHS=" + std::to_string(major) +
+                             std::to_string(minor));
+  }
+  checked = device;
+}
+
+struct Cuda {
+  template <class Params>
+  static void run(const Params& p, const TorchTensor& like) {
+    const int32_t device = like.get_device_index();
+    const torch::stable::accelerator::DeviceGuard guard(device);
+    check_device(device);
+    const int64_t bytes = cuda::workspace_bytes(p);
+    const TorchTensor workspace = empty(like, {bytes}, ScalarType::Byte);
+    check_cuda(cuda::run(p, bytes > 0 ? workspace.data_ptr() : nullptr, current_stream(device)), "launch");
+  }
+};
+
+using CudaOps = Ops<Cuda>;
+
+STABLE_TORCH_LIBRARY_IMPL(dhsa, CUDA, m) {
+  m.impl("boundary_scores", TORCH_BOX(&CudaOps::boundary_scores));
+  m.impl("select_boundaries", TORCH_BOX(&CudaOps::select_boundaries));
+  m.impl("chunk_pool", TORCH_BOX(&CudaOps::chunk_pool));
+  m.impl("query_pool", TORCH_BOX(&CudaOps::query_pool));
+  m.impl("chunk_scores", TORCH_BOX(&CudaOps::chunk_scores));
+  m.impl("token_scores", TORCH_BOX(&CudaOps::token_scores));
+  m.impl("select_keys", TORCH_BOX(&CudaOps::select_keys));
+  m.impl("sparse_attention", TORCH_BOX(&CudaOps::sparse_attention));
+  m.impl("_sparse_prefill_dot", TORCH_BOX(&CudaOps::sparse_prefill));
+  m.impl("_sparse_decode_dot", TORCH_BOX(&CudaOps::sparse_decode));
+}
+
+}  // namespace
+}  // namespace dhsa::adapter

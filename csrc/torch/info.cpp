@@ -1,0 +1,25 @@
+// What the library was built for and what the machine has, for dhsa_ext/backend.py; "error: ..." where asking fails.
+#include <cstring>
+#include <exception>
+#include <string>
+
+#include "dhsa.h"
+#ifdef DHSA_WITH_CUDA
+#include "cuda/launch.h"
+#endif
+
+extern "C" __attribute__((visibility("default"))) const char* dhsa_info(const char* what) {
+  static thread_local std::string answer;
+  try {
+    if (std::strcmp(what, "isas_compiled") == 0) return dhsa::cpu::isas_compiled();
+    if (std::strcmp(what, "isas_detected") == 0) return dhsa::cpu::isas_detected();
+    if (std::strcmp(what, "isa_active") == 0) return dhsa::cpu::isa_active();
+#ifdef DHSA_WITH_CUDA
+    if (std::strcmp(what, "cuda_archs") == 0) return dhsa::cuda::archs_compiled();
+#endif
+    return "";
+  } catch (const std::exception& error) {
+    answer = std::string("error: ") + error.what();
+    return answer.c_str();
+  }
+}
