@@ -42,6 +42,8 @@ class NativeBuild(build_ext):
             cmake, "-S", str(ROOT), "-B", str(folder), "-G", "Ninja",
             f"-DCMAKE_MAKE_PROGRAM={ninja}",  # the last build's may have lived in an environment that is gone
             "-DCMAKE_BUILD_TYPE=Release",
+            f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={folder}",
+            "-DCMAKE_SKIP_RPATH=ON",  # torch is loaded before the module: no path of this machine goes into a wheel
             f"-DDHSA_TORCH_DIR={plan.torch.path}",
             f"-DDHSA_CUDA_ARCHS={';'.join(plan.cuda_archs)}",
             "-DDHSA_BUILD_TESTS=OFF",
@@ -49,9 +51,11 @@ class NativeBuild(build_ext):
         ]  # fmt: skip
         if plan.nvcc is not None:
             configure.append(f"-DCMAKE_CUDA_COMPILER={plan.nvcc}")
-        subprocess.run(configure, check=True)
         jobs = os.environ.get("DHSA_JOBS") or str(len(os.sched_getaffinity(0)))
-        subprocess.run([cmake, "--build", str(folder), "--target", "_native", "-j", jobs], check=True)
+        compile = [cmake, "--build", str(folder), "--target", "_native", "-j", jobs]
+        for step, command in (("configuring", configure), ("compiling", compile)):
+            if subprocess.run(command, check=False).returncode != 0:
+                raise dhsa_machine.BuildError(f"{step} the native library failed; the reason is above.")
 
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
