@@ -52,8 +52,8 @@ class NativeBuild(build_ext):
         if plan.nvcc is not None:
             configure.append(f"-DCMAKE_CUDA_COMPILER={plan.nvcc}")
         jobs = os.environ.get("DHSA_JOBS") or str(len(os.sched_getaffinity(0)))
-        compile = [cmake, "--build", str(folder), "--target", "_native", "-j", jobs]
-        for step, command in (("configuring", configure), ("compiling", compile)):
+        make = [cmake, "--build", str(folder), "--target", "_native", "-j", jobs]
+        for step, command in (("configuring", configure), ("compiling", make)):
             if subprocess.run(command, check=False).returncode != 0:
                 raise dhsa_machine.BuildError(f"{step} the native library failed; the reason is above.")
 
