@@ -44,9 +44,37 @@ void check_device(int32_t device) {
   checked = device;
 }
 
+void check_head_dim(const char* op, const Tensor& x) {
+  const int64_t head_dim = x.shape[3];
+  if (head_dim != 64 && head_dim != 96 && head_dim != 128 && head_dim != 256) {
+    fail(std::string(op) + ": q: expected a head_dim of 64, 96, 128 or 256 on CUDA, got " + std::to_string(head_dim));
+  }
+}
+
+void check_q_block(const char* op, int64_t q_block) {
+  if (q_block != 1 && q_block != 16 && q_block != 32 && q_block != 64 && q_block != 128) {
+    fail(std::string(op) + ": q_block: expected 16, 32, 64, 128, or 1 in decode, on CUDA, got " +
+         std::to_string(q_block));
+  }
+}
+
+// What CUDA asks beyond the core's check().
+template <class Params>
+void check_on_cuda(const Params&) {}
+void check_on_cuda(const SparseAttention& p) {
+  check_head_dim("sparse_attention", p.q);
+  check_q_block("sparse_attention", p.q_block);
+}
+void check_on_cuda(const SparsePrefill& p) {
+  check_head_dim("sparse_prefill", p.q);
+  check_q_block("sparse_prefill", p.q_block);
+}
+void check_on_cuda(const SparseDecode& p) { check_head_dim("sparse_decode", p.q); }
+
 struct Cuda {
   template <class Params>
   static void run(const Params& p, const TorchTensor& like) {
+    check_on_cuda(p);
     const int32_t device = like.get_device_index();
     const torch::stable::accelerator::DeviceGuard guard(device);
     check_device(device);
