@@ -20,6 +20,7 @@ from pathlib import Path
 TORCH_FLOOR = (2, 10)  # the first LibTorch whose stable ABI has all that csrc/torch uses
 CMAKE_FLOOR = (3, 22)
 BUILD_CHOICES = ("auto", "cpu", "cuda", "none")
+DEFAULT_CUDA = Path("/usr/local/cuda")  # where NVIDIA's installers put the toolkit, often without a word on PATH
 
 # The child looks for torch as the target interpreter would after installation: without the build environment's
 # PYTHONPATH, and without the current folder, which may hold something of that name.
@@ -194,7 +195,7 @@ def cuda_archs(env: Mapping[str, str] = os.environ) -> tuple[str, ...]:
             why = "DHSA_BUILD=cuda" if choice == "cuda" else "DHSA_CUDA_ARCHS"
             raise BuildError(
                 f"{why} asks for CUDA, but there is no nvcc (looked in CUDA_HOME, CUDA_PATH, PATH and "
-                "/usr/local/cuda); install the CUDA toolkit, or set DHSA_BUILD=cpu."
+                f"{DEFAULT_CUDA}); install the CUDA toolkit, or set DHSA_BUILD=cpu."
             )
         return ()
     archs = listed or gpu_archs(env)
@@ -217,7 +218,7 @@ def _listed_archs(text: str) -> tuple[str, ...]:
 def find_nvcc(env: Mapping[str, str] = os.environ) -> Path | None:
     """The CUDA compiler: of CUDA_HOME or CUDA_PATH, else on PATH, else of /usr/local/cuda."""
     folders = [str(Path(env[v]) / "bin") for v in ("CUDA_HOME", "CUDA_PATH") if env.get(v)]
-    folders += [*os.get_exec_path(dict(env)), "/usr/local/cuda/bin"]
+    folders += [*os.get_exec_path(dict(env)), str(DEFAULT_CUDA / "bin")]
     found = shutil.which("nvcc", path=os.pathsep.join(folders))
     return Path(found) if found else None
 
