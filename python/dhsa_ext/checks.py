@@ -44,7 +44,8 @@ def _rank4(op: str, argument: str, x: Tensor) -> None:
 
 
 def _like(op: str, argument: str, x: Tensor, shape: tuple, dtype: torch.dtype) -> None:
-    if x.dim() != len(shape) or any(want is not None and got != want for got, want in zip(x.shape, shape, strict=False)):
+    same = x.dim() == len(shape) and all(want is None or got == want for got, want in zip(x.shape, shape, strict=True))
+    if not same:
         wanted = "[" + ", ".join("any" if n is None else str(n) for n in shape) + "]"
         _fail(op, argument, f"shape {wanted}", _shape(x))
     if x.dtype != dtype:
@@ -83,7 +84,7 @@ def _lists(op: str, argument: str, lists: Any, q_heads: Any, kv_heads: Any) -> N
         _fail(op, argument, f"1, {kv_heads} (KV heads) or {q_heads} (query heads) selection heads", lists)
 
 
-def _choice(op: str, q_len: Any, q_block: Any, budget: Any, sink: Any, local: Any, window: Any, dense_tail: Any) -> None:
+def _choice(op, q_len, q_block, budget, sink, local, window, dense_tail) -> None:
     _at_least(op, 1, q_block=q_block, window=window)
     _at_least(op, 0, sink=sink, local=local, dense_tail=dense_tail)
     forced = sink + local + min(q_block, q_len) - 1 if q_len > 0 else 0
@@ -184,7 +185,9 @@ def _blocks(op: str, argument: str, blocks: Any, q_len: Any, q_block: Any) -> No
         _fail(op, argument, f"ceil(Lq / q_block) = {wanted} query blocks", blocks)
 
 
-def select_keys(chunk_scores, offsets, num_chunks, q_len, k_len, q_block, budget, sink, local, window, dense_tail, min_chunk):
+def select_keys(
+    chunk_scores, offsets, num_chunks, q_len, k_len, q_block, budget, sink, local, window, dense_tail, min_chunk
+) -> None:
     op = "select_keys"
     _like(op, "chunk_scores", chunk_scores, (None, None, None, None), torch.float32)
     _chunks(op, chunk_scores.shape[0], offsets, num_chunks, chunk_scores.shape[3])

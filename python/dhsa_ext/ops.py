@@ -1,7 +1,7 @@
 """The torch ops `torch.ops.dhsa.*`, in pipeline order: schema, fake kernel, and the function a user calls.
 
-Letters in shapes: B batch, H query heads, Hkv key/value heads, Lq and Lk lengths, D head_dim, S selection heads, C chunk
-capacity, nQ = ceil(Lq / q_block) query blocks, R run capacity. Sources: Xiong et al., arXiv 2510.24606, by stage in
+Letters in shapes: B batch, H query heads, Hkv key/value heads, Lq and Lk lengths, D head_dim, S selection heads,
+C chunk capacity, nQ = ceil(Lq / q_block) query blocks, R run capacity. Sources: Xiong et al., arXiv 2510.24606, by stage in
 docs/algorithm.md. Every op is forward only and raises where an input requires grad in grad mode; bad arguments raise
 ValueError or RuntimeError with one sentence that names the argument.
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -50,7 +51,9 @@ SCHEMAS = (
     "float softcap=0.0, int? window=None) -> (Tensor out, Tensor lse)",
 )
 OPS = tuple(schema.split("(")[0] for schema in SCHEMAS)
-BY_STAGES = {  # op: its fused CUDA kernel's private name (score "dot", refine 0), and what runs otherwise
+BY_STAGES: dict[
+    str, tuple[str, Callable]
+] = {  # op: its fused CUDA kernel's private name (score "dot", refine 0), and what runs otherwise
     "sparse_prefill": ("_sparse_prefill_dot", reference.prefill_by_stages),
     "sparse_decode": ("_sparse_decode_dot", reference.decode_by_stages),
 }
@@ -87,7 +90,8 @@ def _(k, window=4):
 
 @torch.library.register_fake("dhsa::boundary_logits", lib=library)
 def _(k, win, bin_, wout, bout, wnorm, bnorm, gate_weight, gate_bias, w1, b1, w2, b2, num_heads, window=4):
-    checks.boundary_logits(k, [win, bin_, wout, bout, wnorm, bnorm, w1, b1, w2, b2], gate_weight, gate_bias, num_heads, window)
+    weights = [win, bin_, wout, bout, wnorm, bnorm, w1, b1, w2, b2]
+    checks.boundary_logits(k, weights, gate_weight, gate_bias, num_heads, window)
     return _float(k, k.shape[0], k.shape[2])
 
 
@@ -311,8 +315,8 @@ def select_boundaries(
 ) -> tuple[Tensor, Tensor]:
     """Chunk offsets by greedy 1-D non-maximum suppression of the scores.
 
-    scores float32 [B, Lk]; at most `max_chunks` chunks a row (or a whole segment of `segment` tokens), cuts more than
-    `nms_radius` tokens apart, scores <= `threshold` are no cuts. Returns offsets int32 [B, C + 1], half-open and rising,
+    scores float32 [B, Lk]; at most `max_chunks` chunks a row (or a whole segment of `segment` tokens), cuts more
+    than `nms_radius` tokens apart, scores <= `threshold` are no cuts. Returns offsets int32 [B, C + 1], half-open and rising,
     padded with Lk, and num_chunks int32 [B].
     """
     return _ops.select_boundaries(scores, max_chunks, nms_radius, threshold, segment)
@@ -437,7 +441,7 @@ def sparse_attention(
     softcap: float = 0.0,
     window: int | None = None,
     return_lse: bool = False,
-):
+) -> Tensor | tuple[Tensor, Tensor]:
     """Causal softmax attention over the keys of each query block's runs.
 
     q [B, H, Lq, D], k and v [B, Hkv, Lk, D], query i at position Lk - Lq + i; runs int32 [B, S, nQ, R, 2] with S = 1,
@@ -448,7 +452,9 @@ def sparse_attention(
     return (out, lse) if return_lse else out
 
 
-def sparse_prefill(q: Tensor, k: Tensor, v: Tensor, budget: int, *, return_lse: bool = False, **options):
+def sparse_prefill(
+    q: Tensor, k: Tensor, v: Tensor, budget: int, *, return_lse: bool = False, **options: Any
+) -> Tensor | tuple[Tensor, Tensor]:
     """Every stage in one call: choose `budget` keys for each query block, and attend to them.
 
     q [B, H, Lq, D], k and v [B, Hkv, Lk, D]. Options, with the schema's defaults: max_chunks (Lk // 16), q_block 64,
@@ -472,8 +478,8 @@ def sparse_decode(
     budget: int,
     *,
     return_lse: bool = False,
-    **options,
-):
+    **options: Any,
+) -> Tensor | tuple[Tensor, Tensor]:
     """Lq <= 16 new queries over a cache whose chunks are known, each choosing `budget` keys of its own.
 
     q [B, H, Lq, D], k and v [B, Hkv, Lk, D], k_pooled float32 [B, S, C, D] (chunk_pool "sqrt" for score "dot", "mean"

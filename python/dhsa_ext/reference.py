@@ -148,6 +148,11 @@ def boundary_logits(
     return logits.float()
 
 
+def _block(blocked: bytearray, cut: int, nms_radius: int) -> None:
+    near = slice(max(0, cut - nms_radius), cut + nms_radius + 1)
+    blocked[near] = b"\1" * len(blocked[near])
+
+
 def select_boundaries(
     scores: Tensor, max_chunks: int, nms_radius: int = 8, threshold: float | None = None, segment: int = 0
 ) -> tuple[Tensor, Tensor]:
@@ -162,12 +167,10 @@ def select_boundaries(
         by_score = ordered[b].sort(descending=True, stable=True).indices
         candidates = by_score[ordered[b][by_score] > floor].tolist()
         span = segment or max(length, 1)
-        forced = list(range(0, length, span)) + [length]
+        forced = [*range(0, length, span), length]
         blocked = bytearray(length + 1)
         for cut in forced:
-            blocked[max(0, cut - nms_radius) : cut + nms_radius + 1] = b"\1" * len(
-                blocked[max(0, cut - nms_radius) : cut + nms_radius + 1]
-            )
+            _block(blocked, cut, nms_radius)
         room = [max_chunks - 1] * (length // span)
         if length % span:
             room.append(max(1, max_chunks * (length % span) // span) - 1)
@@ -177,8 +180,7 @@ def select_boundaries(
                 continue
             accepted.append(t)
             room[t // span] -= 1
-            near = slice(max(0, t - nms_radius), t + nms_radius + 1)
-            blocked[near] = b"\1" * len(blocked[near])
+            _block(blocked, t, nms_radius)
         cuts = sorted(set(forced) | set(accepted))
         num_chunks[b] = len(cuts) - 1
         offsets[b, : len(cuts)] = torch.tensor(cuts, dtype=torch.int32)
@@ -244,11 +246,12 @@ def _rank(order_class: Tensor, scores: Tensor) -> Tensor:
     by_score = _ordered(scores).sort(dim=-1, descending=True, stable=True).indices
     by_class = order_class.gather(-1, by_score).sort(dim=-1, descending=True, stable=True).indices
     order = by_score.gather(-1, by_class)
-    return torch.empty_like(order).scatter_(-1, order, torch.arange(order.shape[-1], device=order.device).expand_as(order))
+    ranks = torch.arange(order.shape[-1], device=order.device).expand_as(order)
+    return torch.empty_like(order).scatter_(-1, order, ranks)
 
 
 def _runs(kept: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
-    """kept [nQ, Lk] to runs [nQ, R, 2], num_runs [nQ]; an overflowing list keeps its first R - 1 runs and its last."""
+    """Keys kept [nQ, Lk] to runs [nQ, R, 2], num_runs [nQ]; an overflowing list keeps its first R - 1 runs and its last."""
     padded = F.pad(kept.to(torch.int8), (1, 1))
     step = padded[:, 1:] - padded[:, :-1]
     row, begin = (step == 1).nonzero(as_tuple=True)
@@ -311,7 +314,7 @@ def _sampled_rows(first: int, last: int, q_stride: int) -> list[int]:
 
 
 def _mass_of_block(rows: Tensor, means: Tensor, sizes: Tensor, scale: float, softcap: float) -> tuple[Tensor, Tensor]:
-    """rows [H, n, D], means [S, C, D], sizes [C] (0: not a candidate) to scores [S, C], row_lse [H, n]."""
+    """Rows [H, n, D], means [S, C, D], sizes [C] (0: not a candidate) to scores [S, C], row_lse [H, n]."""
     heads = means.shape[0]
     logits = rows.unflatten(0, (heads, -1)) @ means[:, None].mT  # [S, H / S, n, C]
     z = _softcapped(scale * logits, softcap) + sizes.double().log()
@@ -435,7 +438,7 @@ def refine_keys(
 
 
 def _key_share(rows: Tensor, keys: Tensor, row_lse: Tensor, scale: float, softcap: float) -> Tensor:
-    """rows [n, D], keys [m, D], row_lse [n] to [m]: the mean over the rows of min(1, exp(s - row_lse))."""
+    """Rows [n, D], keys [m, D], row_lse [n] to [m]: the mean over the rows of min(1, exp(s - row_lse))."""
     s = _softcapped(scale * rows @ keys.mT, softcap)
     return (s - row_lse[:, None]).exp().clamp(max=1).mean(0)
 
