@@ -45,7 +45,7 @@ lint: $(VENV)/.dhsa-lint
 
 # On a machine with a GPU: build, test and bench there.
 gpu-check: $(VENV)/.dhsa-test $(native)
-	VENV=$(VENV) tests/gpu_check.sh $(ARGS)
+	PYTHON=$(python) PATH="$(abspath $(VENV))/bin:$$PATH" tests/gpu_check.sh
 
 clean:
 	rm -rf build dist python/*.egg-info python/dhsa_ext/_native.so .pytest_cache .mypy_cache .ruff_cache .hypothesis

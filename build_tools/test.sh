@@ -81,7 +81,7 @@ else
 fi
 
 if have nvidia-smi && nvidia-smi -L >/dev/null 2>&1; then
-  suite gpu tests/gpu_check.sh --tests-only
+  suite gpu env PYTHON="$venv/bin/python" STEPS="build kernels sanitizer" tests/gpu_check.sh
 else
   skip gpu "no NVIDIA GPU" "make gpu-check, on a machine with one"
 fi
