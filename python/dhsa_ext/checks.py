@@ -118,7 +118,14 @@ def boundary_logits(k, weights, gate_weight, gate_bias, num_heads, window) -> No
     width = k.shape[1] * k.shape[3]
     if width % num_heads != 0:
         _fail(op, "num_heads", f"a divisor of the keys' width {width}", num_heads)
-    names = ("in_proj_weight", "in_proj_bias", "out_proj_weight", "out_proj_bias", "norm_weight", "norm_bias")
+    names: tuple[str, ...] = (
+        "in_proj_weight",
+        "in_proj_bias",
+        "out_proj_weight",
+        "out_proj_bias",
+        "norm_weight",
+        "norm_bias",
+    )
     names += ("fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias")
     hidden = weights[6].shape[0]
     shapes: tuple = ((3 * width, width), (3 * width,), (width, width), (width,), (width,), (width,))

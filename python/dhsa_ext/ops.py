@@ -1,7 +1,8 @@
 """The torch ops `torch.ops.dhsa.*`, in pipeline order: schema, fake kernel, and the function a user calls.
 
 Letters in shapes: B batch, H query heads, Hkv key/value heads, Lq and Lk lengths, D head_dim, S selection heads,
-C chunk capacity, nQ = ceil(Lq / q_block) query blocks, R run capacity. Sources: Xiong et al., arXiv 2510.24606, by stage in
+C chunk capacity, nQ = ceil(Lq / q_block) query blocks, R run capacity.
+Sources: Xiong et al., arXiv 2510.24606, by stage in
 docs/algorithm.md. Every op is forward only and raises where an input requires grad in grad mode; bad arguments raise
 ValueError or RuntimeError with one sentence that names the argument.
 """
@@ -315,8 +316,8 @@ def select_boundaries(
 ) -> tuple[Tensor, Tensor]:
     """Chunk offsets by greedy 1-D non-maximum suppression of the scores.
 
-    scores float32 [B, Lk]; at most `max_chunks` chunks a row (or a whole segment of `segment` tokens), cuts more
-    than `nms_radius` tokens apart, scores <= `threshold` are no cuts. Returns offsets int32 [B, C + 1], half-open and rising,
+    scores float32 [B, Lk]; at most `max_chunks` chunks a row (or a whole segment of `segment` tokens), cuts more than
+    `nms_radius` tokens apart; scores <= `threshold` are no cuts. Returns offsets int32 [B, C + 1], half-open, rising and
     padded with Lk, and num_chunks int32 [B].
     """
     return _ops.select_boundaries(scores, max_chunks, nms_radius, threshold, segment)
@@ -441,7 +442,7 @@ def sparse_attention(
     softcap: float = 0.0,
     window: int | None = None,
     return_lse: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Any:
     """Causal softmax attention over the keys of each query block's runs.
 
     q [B, H, Lq, D], k and v [B, Hkv, Lk, D], query i at position Lk - Lq + i; runs int32 [B, S, nQ, R, 2] with S = 1,
@@ -452,9 +453,7 @@ def sparse_attention(
     return (out, lse) if return_lse else out
 
 
-def sparse_prefill(
-    q: Tensor, k: Tensor, v: Tensor, budget: int, *, return_lse: bool = False, **options: Any
-) -> Tensor | tuple[Tensor, Tensor]:
+def sparse_prefill(q: Tensor, k: Tensor, v: Tensor, budget: int, *, return_lse: bool = False, **options: Any) -> Any:
     """Every stage in one call: choose `budget` keys for each query block, and attend to them.
 
     q [B, H, Lq, D], k and v [B, Hkv, Lk, D]. Options, with the schema's defaults: max_chunks (Lk // 16), q_block 64,
@@ -479,7 +478,7 @@ def sparse_decode(
     *,
     return_lse: bool = False,
     **options: Any,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Any:
     """Lq <= 16 new queries over a cache whose chunks are known, each choosing `budget` keys of its own.
 
     q [B, H, Lq, D], k and v [B, Hkv, Lk, D], k_pooled float32 [B, S, C, D] (chunk_pool "sqrt" for score "dot", "mean"

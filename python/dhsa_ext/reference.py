@@ -251,7 +251,7 @@ def _rank(order_class: Tensor, scores: Tensor) -> Tensor:
 
 
 def _runs(kept: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
-    """Keys kept [nQ, Lk] to runs [nQ, R, 2], num_runs [nQ]; an overflowing list keeps its first R - 1 runs and its last."""
+    """Keys kept [nQ, Lk] to runs [nQ, R, 2], num_runs [nQ]; an overflow keeps the first R - 1 runs and the last."""
     padded = F.pad(kept.to(torch.int8), (1, 1))
     step = padded[:, 1:] - padded[:, :-1]
     row, begin = (step == 1).nonzero(as_tuple=True)
