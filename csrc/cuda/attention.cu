@@ -1,0 +1,150 @@
+// 7. sparse_attention: only the switch, dtype x head_dim, and the plan for splitting long lists. float32 runs a plain
+// kernel, 16-bit types sm80/ (mma.sync).
+#include <algorithm>
+
+#include "cuda/device/run_walker.h"
+#include "cuda/dispatch.h"
+#include "cuda/launch.h"
+#include "cuda/sm80/attention.h"
+
+namespace dhsa::cuda {
+namespace {
+
+// dense_tail keeps every candidate of the blocks that hold the call's last queries, the paper preset those of the last
+// 64: blocks from there on may be split. Partial answers get at most 16 MiB, which at 32 heads, head_dim 128 and
+// q_block 128 is 8 items a list: at 128K keys each is as long as 8 ordinary items, started first.
+constexpr int64_t kTailQueries = 64;
+constexpr int64_t kPartialBytes = int64_t(16) << 20;
+constexpr int64_t kMaxSplits = 32;
+// A list is cut into shares no shorter than this: 4096 keys leave lists of an ordinary budget whole, and when the call
+// has too few tiles to fill a GPU (decode, short pieces of a chunked prefill) every list may be cut, down to 128 keys.
+constexpr int64_t kTailSplitKeys = 4096, kFewSplitKeys = 128, kFewTiles = 160;
+
+struct SplitPlan {
+  int64_t tail_blocks = 0, max_splits = 1, min_split_keys = kTailSplitKeys;
+};
+
+SplitPlan split_plan(const SparseAttention& x) {
+  const int64_t batch = x.q.shape[0], heads = x.q.shape[1], seqlen_q = x.q.shape[2], head_dim = x.q.shape[3];
+  const int64_t heads_kv = x.k.shape[1], seqlen_k = x.k.shape[2], select_heads = x.runs.shape[1];
+  SplitPlan plan;
+  if (batch * heads * seqlen_q == 0 || x.q.dtype == DType::kFloat32) return plan;
+  const int64_t num_blocks = ceil_div(seqlen_q, x.q_block), lists = std::max(heads_kv, select_heads);
+  const bool few = batch * lists * num_blocks * ceil_div(x.q_block * (heads / lists), 128) <= kFewTiles;
+  if (few) plan.min_split_keys = kFewSplitKeys;
+  plan.tail_blocks = few ? num_blocks : num_blocks - std::max<int64_t>(0, seqlen_q - kTailQueries) / x.q_block;
+  const int64_t bytes = batch * heads * plan.tail_blocks * x.q_block * (head_dim + 1) * 4;
+  plan.max_splits = std::min({kMaxSplits, kPartialBytes / bytes, ceil_div(seqlen_k, plan.min_split_keys)});
+  if (plan.max_splits <= 1) plan = SplitPlan();
+  return plan;
+}
+
+struct Partials {
+  float *out, *lse;
+  int32_t* split_count;
+};
+
+Partials partials(const SparseAttention& x, const SplitPlan& plan, Arena& arena) {
+  const int64_t lists = x.q.shape[0] * std::max(x.k.shape[1], x.runs.shape[1]) * plan.tail_blocks;
+  const int64_t group = x.q.shape[1] / std::max<int64_t>(1, std::max(x.k.shape[1], x.runs.shape[1]));
+  const int64_t rows = lists * plan.max_splits * x.q_block * group;
+  if (plan.tail_blocks == 0) return {};
+  Partials p;
+  p.out = arena.take<float>(rows * x.q.shape[3]);
+  p.lse = arena.take<float>(rows);
+  p.split_count = arena.take<int32_t>(lists * ceil_div(x.q_block * group, 64));  // a tile has 64 rows or more
+  return p;
+}
+
+Strides strides(const Tensor& t) { return {t.stride[0], t.stride[1], t.stride[2]}; }
+
+AttentionParams params(const SparseAttention& x, const SplitPlan& plan, const Partials& partial) {
+  const int64_t heads = x.q.shape[1], heads_kv = x.k.shape[1], select_heads = x.runs.shape[1];
+  const int64_t groups = std::max(heads_kv, select_heads), seqlen_k = x.k.shape[2];
+  AttentionParams p = {};
+  p.q = x.q.data, p.k = x.k.data, p.v = x.v.data, p.out = x.out.data, p.lse = x.lse.as<float>();
+  p.runs = x.runs.as<int2>(), p.num_runs = x.num_runs.as<int32_t>();
+  p.q_stride = strides(x.q), p.k_stride = strides(x.k), p.v_stride = strides(x.v), p.out_stride = strides(x.out);
+  p.batch = int32_t(x.q.shape[0]), p.heads = int32_t(heads);
+  p.seqlen_q = int32_t(x.q.shape[2]), p.seqlen_k = int32_t(seqlen_k);
+  p.q_block = int32_t(x.q_block), p.num_blocks = int32_t(x.runs.shape[2]), p.run_capacity = int32_t(x.runs.shape[3]);
+  p.group = int32_t(heads / groups), p.num_groups = int32_t(groups);
+  p.groups_per_kv = int32_t(groups / heads_kv);
+  p.select_heads = int32_t(select_heads), p.groups_per_list = int32_t(groups / select_heads);
+  p.window = x.softmax.window < seqlen_k ? int32_t(x.softmax.window) : 0;  // a window as long as the keys hides none
+  p.scale = x.softmax.scale, p.softcap = x.softmax.softcap;
+  p.tail_blocks = int32_t(plan.tail_blocks), p.max_splits = int32_t(plan.max_splits);
+  p.min_split_keys = int32_t(plan.min_split_keys);
+  p.partial_out = partial.out, p.partial_lse = partial.lse, p.split_count = partial.split_count;
+  return p;
+}
+
+template <class T, int kHeadDim>
+cudaError_t run_half(const AttentionParams& p, cudaStream_t stream) {
+  const int rows = p.q_block * p.group;
+  AttentionParams launched = p;
+  const cudaError_t error = sm80::attention<T, kHeadDim>(launched, kHeadDim == 256 || rows <= 64 ? 1 : 2, stream);
+  if (error != cudaSuccess || p.tail_blocks == 0) return error;
+  return sm80::attention_combine<T, kHeadDim>(launched, stream);
+}
+
+template <class T>
+cudaError_t run_half(const AttentionParams& p, int64_t head_dim, cudaStream_t stream) {
+  switch (head_dim) {
+    case 64:
+      return run_half<T, 64>(p, stream);
+    case 96:
+      return run_half<T, 96>(p, stream);
+    case 128:
+      return run_half<T, 128>(p, stream);
+    case 256:
+      return run_half<T, 256>(p, stream);
+    default:
+      return cudaErrorInvalidValue;
+  }
+}
+
+cudaError_t run_float32(const AttentionParams& p, int64_t head_dim, cudaStream_t stream) {
+  switch (head_dim) {
+    case 64:
+      return sm80::attention_float32<64>(p, stream);
+    case 96:
+      return sm80::attention_float32<96>(p, stream);
+    case 128:
+      return sm80::attention_float32<128>(p, stream);
+    case 256:
+      return sm80::attention_float32<256>(p, stream);
+    default:
+      return cudaErrorInvalidValue;
+  }
+}
+
+}  // namespace
+
+int64_t workspace_bytes(const SparseAttention& x) {
+  Arena arena(nullptr);
+  partials(x, split_plan(x), arena);
+  return arena.used();
+}
+
+cudaError_t run(const SparseAttention& x, void* workspace, cudaStream_t stream) {
+  const int64_t head_dim = x.q.shape[3];
+  if (x.q.shape[0] * x.q.shape[1] * x.q.shape[2] == 0) return cudaSuccess;
+  if (x.k.shape[2] > kMaxSeqlenK) return cudaErrorInvalidValue;
+  const SplitPlan plan = split_plan(x);
+  Arena arena(workspace);
+  const AttentionParams p = params(x, plan, partials(x, plan, arena));
+  switch (x.q.dtype) {
+    case DType::kFloat32:
+      return run_float32(p, head_dim, stream);
+    case DType::kFloat16:
+      return run_half<__half>(p, head_dim, stream);
+    case DType::kBFloat16:
+      return run_half<__nv_bfloat16>(p, head_dim, stream);
+    case DType::kInt32:
+      break;
+  }
+  return cudaErrorInvalidValue;
+}
+
+}  // namespace dhsa::cuda
