@@ -11,8 +11,8 @@ logs=build/test-logs
 mkdir -p "$logs"
 
 suites=(python cpp asan arm gpu)
-required=",${DHSA_TEST_REQUIRE:-},"
-for name in ${DHSA_TEST_REQUIRE//,/ }; do
+require=${DHSA_TEST_REQUIRE:-}
+for name in ${require//,/ }; do
   [[ " ${suites[*]} " == *" $name "* ]] ||
     { echo "DHSA_TEST_REQUIRE: expected names among ${suites[*]}, got $name" >&2; exit 2; }
 done
@@ -35,7 +35,7 @@ suite() {
 # skip NAME REASON COMMAND: the machine lacks something; COMMAND brings it.
 skip() {
   result[$1]=skipped
-  [[ $required == *",$1,"* ]] && result[$1]=FAILED
+  [[ ",$require," == *",$1,"* ]] && result[$1]=FAILED
   seconds[$1]=-
   detail[$1]="$2; to enable: $3"
 }
