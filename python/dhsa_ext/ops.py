@@ -317,8 +317,8 @@ def select_boundaries(
     """Chunk offsets by greedy 1-D non-maximum suppression of the scores.
 
     scores float32 [B, Lk]; at most `max_chunks` chunks a row (or a whole segment of `segment` tokens), cuts more than
-    `nms_radius` tokens apart; scores <= `threshold` are no cuts. Returns offsets int32 [B, C + 1], half-open, rising and
-    padded with Lk, and num_chunks int32 [B].
+    `nms_radius` tokens apart; scores <= `threshold` are no cuts. Returns offsets int32 [B, C + 1], half-open, rising
+    and padded with Lk, and num_chunks int32 [B].
     """
     return _ops.select_boundaries(scores, max_chunks, nms_radius, threshold, segment)
 
