@@ -1,0 +1,79 @@
+// Length-weighted selection without a sort: the largest cut-off key such that items above it weigh less than `want`.
+// Three passes of 11, 11 and 10 bits; each builds a histogram of weights over one digit of the keys that share the
+// digits found so far, and walks it from the top.
+#pragma once
+
+#include <cstdint>
+
+#include "cuda/device/scan.cuh"
+
+namespace dhsa::cuda {
+
+// Items with a key above `key` are kept whole; those equal to it, in the order of their index, until `rest` is used.
+struct Cutoff {
+  uint32_t key;
+  int rest;
+};
+
+template <int kThreads>
+struct RadixSelect {
+  static constexpr int kBins = 2048;
+  static constexpr int kBinsPerThread = kBins / kThreads;
+  static_assert(kBins % kThreads == 0, "each thread walks whole bins");
+  int histogram[kBins];
+  BlockScan<kThreads> scan;
+  uint32_t found_digit;
+  int found_rest;
+
+  // key(i) and weight(i) for i in [begin, end); weights >= 0, 0 < want <= their sum. Ends with a barrier.
+  template <class Key, class Weight>
+  __device__ Cutoff select(int begin, int end, int want, Key key, Weight weight) {
+    uint32_t prefix = 0, known = 0;
+#pragma unroll
+    for (int pass = 0; pass < 3; ++pass) {
+      const int shift = pass == 0 ? 21 : pass == 1 ? 10 : 0;
+      const uint32_t digits = pass == 2 ? 1023 : 2047;
+      for (int bin = threadIdx.x; bin < kBins; bin += kThreads) histogram[bin] = 0;
+      if (threadIdx.x == 0) found_digit = 0, found_rest = want;
+      __syncthreads();
+#pragma unroll 8
+      for (int i = begin + threadIdx.x; i < end; i += kThreads) {
+        const uint32_t k = key(i);
+        if ((k & known) == prefix) {
+          const int w = weight(i);
+          if (w > 0) atomicAdd(&histogram[(k >> shift) & digits], w);
+        }
+      }
+      __syncthreads();
+      find_digit(want);
+      __syncthreads();
+      prefix |= found_digit << shift;
+      known |= digits << shift;
+      want = found_rest;
+      __syncthreads();
+    }
+    return {prefix, want};
+  }
+
+ private:
+  // The bin that holds the want-th unit of weight, counted from the top bin; thread t owns the t-th group from the top.
+  __device__ void find_digit(int want) {
+    const int top = kBins - 1 - static_cast<int>(threadIdx.x) * kBinsPerThread;
+    int sum = 0;
+#pragma unroll
+    for (int i = 0; i < kBinsPerThread; ++i) sum += histogram[top - i];
+    int total;
+    int above = scan.exclusive_sum(sum, &total);
+    if (above >= want || above + sum < want) return;
+    for (int i = 0; i < kBinsPerThread; ++i) {
+      const int weight = histogram[top - i];
+      if (above + weight >= want) {
+        found_digit = top - i, found_rest = want - above;
+        return;
+      }
+      above += weight;
+    }
+  }
+};
+
+}  // namespace dhsa::cuda

@@ -1,0 +1,225 @@
+// Stage 6: for each (batch, selection head, query block), the kept keys as half-open, rising, disjoint, merged runs.
+// One thread block a list. Tokens inherit their chunk's score, so the cut-off is a weighted selection over chunks, the
+// weight being the tokens that a chunk adds to the forced ones (device/radix_select.cuh); no sort, no token scores.
+//
+// Runs come out of one walk over the chunks in order of position. Where "kept" turns on or off is an event: events
+// alternate start, end, start, end, so event number e of the list is simply entry e of the flattened [R, 2] output, and
+// numbering them is one prefix sum a tile.
+#include <algorithm>
+
+#include "cuda/device/candidates.cuh"
+#include "cuda/device/order.cuh"
+#include "cuda/device/radix_select.cuh"
+#include "cuda/dispatch.h"
+#include "cuda/launch.h"
+#include "cuda/router.h"
+
+namespace dhsa::cuda {
+namespace {
+
+struct Params {
+  const float* scores;  // the slab's: [pairs, blocks, C]
+  const int *offsets, *num_chunks;
+  int *runs, *num_runs;  // [B, S, nQ, R, 2], [B, S, nQ]
+  KeyRules rules;
+  int capacity, run_capacity, query_blocks, selection_heads;
+  int first_pair, first_block, blocks;
+};
+
+// The output list. Events beyond its capacity are dropped, but the last run is remembered: an overflowing list keeps
+// its first R - 1 runs and its last.
+struct RunWriter {
+  int* runs;
+  int capacity;
+  int* last;  // shared, [2]: the latest start and end
+
+  // `total`: events known so far, this one included or not; the last start and end are among the last two.
+  __device__ void write(int event, int position, int total) const {
+    if (event / 2 < capacity - 1) runs[event] = position;
+    if (event >= total - 2) last[event % 2] = position;
+  }
+};
+
+template <int kThreads>
+struct Shared {
+  RadixSelect<kThreads> select;
+  unsigned warp_state[kThreads / 32];
+  int last[2];
+};
+
+constexpr int kItems = 4;  // neighbouring chunks of one thread in the walk
+
+template <int kThreads>
+struct Selection {
+  const Candidates keys;
+  const Chunks& chunks;
+  const float* scores;
+  Shared<kThreads>& shared;
+  Cutoff cutoff = {kNoKey, 0};
+
+  __device__ uint32_t key(int chunk) const { return order_key(__ldg(scores + chunk)); }
+  __device__ int free_begin(int chunk) const { return max(chunks.begin(chunk), keys.free_begin); }
+  __device__ int free_tokens(int chunk) const {
+    return max(min(chunks.end(chunk), keys.free_end) - free_begin(chunk), 0);
+  }
+
+  // Chunks [first, last) hold the keys that are neither forced nor out of reach.
+  __device__ void choose(int first, int last) {
+    if (keys.want <= 0) return;
+    cutoff = shared.select.select(
+        first, last, keys.want, [&](int c) { return key(c); }, [&](int c) { return free_tokens(c); });
+  }
+
+  // Whether the nearest non-empty chunk before this thread's is kept to its end. any: this thread has a non-empty
+  // chunk; full: its last one is kept to its end. carry: before the tile; updated to after it.
+  __device__ bool kept_before(bool any, bool full, bool& carry) {
+    const unsigned has = __ballot_sync(kFullWarp, any), on = __ballot_sync(kFullWarp, any && full);
+    if (lane_id() == 0) shared.warp_state[warp_id()] = has == 0 ? 2u : on >> (31 - __clz(has)) & 1u;
+    __syncthreads();
+    bool before = carry;
+    for (int w = 0; w < kThreads / 32; ++w) {
+      if (w < warp_id() && shared.warp_state[w] != 2) before = shared.warp_state[w];
+      if (shared.warp_state[w] != 2) carry = shared.warp_state[w];
+    }
+    const unsigned lower = has & ((1u << lane_id()) - 1);
+    return lower != 0 ? on >> (31 - __clz(lower)) & 1u : before;
+  }
+
+  // Writes the runs of the chunks [first, last) and of the forced keys around them; returns the number of runs.
+  __device__ int write_runs(int first, int last, const RunWriter& out) {
+    bool kept = keys.free_begin > keys.begin;  // at the walk's position
+    int events = kept, equal_used = 0;
+    if (kept && threadIdx.x == 0) out.write(0, keys.begin, 1);
+
+    for (int tile = first; tile < last; tile += kThreads * kItems) {
+      uint32_t item_key[kItems];
+      int begin[kItems], take[kItems], tokens[kItems], equal = 0;
+#pragma unroll
+      for (int i = 0; i < kItems; ++i) {
+        const int chunk = tile + static_cast<int>(threadIdx.x) * kItems + i;
+        const bool valid = chunk < last;
+        item_key[i] = valid ? key(chunk) : 0;
+        begin[i] = valid ? free_begin(chunk) : 0;
+        tokens[i] = valid ? free_tokens(chunk) : 0;
+        take[i] = item_key[i] > cutoff.key ? tokens[i] : 0;
+        if (item_key[i] == cutoff.key) equal += tokens[i];
+      }
+      if (__syncthreads_or(equal > 0)) {  // ties: lower chunks first, the last one cut at its end
+        int total;
+        int used = equal_used + shared.select.scan.exclusive_sum(equal, &total);
+        equal_used += total;
+#pragma unroll
+        for (int i = 0; i < kItems; ++i) {
+          if (item_key[i] != cutoff.key) continue;
+          take[i] = min(max(cutoff.rest - used, 0), tokens[i]);
+          used += tokens[i];
+        }
+      }
+
+      bool any = false, full = false;
+#pragma unroll
+      for (int i = 0; i < kItems; ++i) {
+        if (tokens[i] > 0) any = true, full = take[i] == tokens[i];
+      }
+      bool on = kept_before(any, full, kept);
+      const bool on_at_start = on;
+      int mine = 0;
+#pragma unroll
+      for (int i = 0; i < kItems; ++i) {
+        if (tokens[i] == 0) continue;
+        const bool whole = take[i] == tokens[i], part = take[i] > 0 && !whole;
+        mine += (on != (take[i] > 0)) + part;
+        on = whole;
+      }
+      int total;
+      int event = events + shared.select.scan.exclusive_sum(mine, &total);
+      events += total;
+      on = on_at_start;
+#pragma unroll
+      for (int i = 0; i < kItems; ++i) {
+        if (tokens[i] == 0) continue;
+        const bool whole = take[i] == tokens[i], part = take[i] > 0 && !whole;
+        if (on != (take[i] > 0)) out.write(event++, begin[i], events);
+        if (part) out.write(event++, begin[i] + take[i], events);
+        on = whole;
+      }
+    }
+    __syncthreads();
+
+    const bool forced_end = keys.free_end < keys.end;
+    if (forced_end && !kept) {
+      if (threadIdx.x == 0) out.write(events, keys.free_end, events + 1);
+      ++events, kept = true;
+    }
+    if (kept) {
+      if (threadIdx.x == 0) out.write(events, keys.end, events + 1);
+      ++events;
+    }
+    return events / 2;
+  }
+};
+
+template <int kThreads>
+__global__ void __launch_bounds__(kThreads) select_keys_kernel(Params p) {
+  __shared__ Shared<kThreads> shared;
+  const int64_t slab_row = blockIdx.x;
+  const int pair = p.first_pair + static_cast<int>(slab_row / p.blocks);
+  const int block = p.first_block + static_cast<int>(slab_row % p.blocks);
+  const int64_t row = static_cast<int64_t>(pair) * p.query_blocks + block;
+  const Chunks chunks(p.offsets, p.num_chunks, pair / p.selection_heads, p.capacity, p.rules.seqlen_k);
+  const Candidates keys(p.rules, block, chunks.begin(chunks.count));
+  const RunWriter out = {p.runs + row * p.run_capacity * 2, p.run_capacity, shared.last};
+
+  int count;
+  if (keys.all_kept()) {
+    count = keys.begin < keys.end;
+    if (count > 0 && threadIdx.x == 0) out.write(0, keys.begin, 2), out.write(1, keys.end, 2);
+  } else {
+    const int first = max(chunks.first_bound_at_or_after(keys.free_begin + 1) - 1, 0);
+    const int last = min(chunks.first_bound_at_or_after(keys.free_end), chunks.count);
+    Selection<kThreads> selection = {keys, chunks, p.scores + slab_row * p.capacity, shared};
+    selection.choose(first, last);
+    count = selection.write_runs(first, last, out);
+  }
+  if (threadIdx.x == 0) {
+    if (count >= p.run_capacity) {
+      out.runs[2 * p.run_capacity - 2] = shared.last[0];
+      out.runs[2 * p.run_capacity - 1] = shared.last[1];
+    }
+    p.num_runs[row] = min(count, p.run_capacity);
+  }
+  for (int i = 2 * count + threadIdx.x; i < 2 * p.run_capacity; i += kThreads) out.runs[i] = 0;
+}
+
+}  // namespace
+
+cudaError_t run_select_keys(const SelectKeys& x, const Slab& slab, cudaStream_t stream) {
+  const auto clamp = [](int64_t n) { return static_cast<int>(std::min<int64_t>(n, INT32_MAX / 2)); };
+  Params p = {};
+  p.scores = x.chunk_scores.as<float>();
+  p.offsets = x.offsets.as<int>(), p.num_chunks = x.num_chunks.as<int>();
+  p.runs = x.runs.as<int>(), p.num_runs = x.num_runs.as<int>();
+  p.rules = {clamp(x.seqlen_q),    clamp(x.seqlen_k),     clamp(x.q_block),       clamp(x.choice.budget),
+             clamp(x.choice.sink), clamp(x.choice.local), clamp(x.choice.window), clamp(x.choice.dense_tail)};
+  p.capacity = static_cast<int>(x.chunk_scores.shape[3]), p.run_capacity = static_cast<int>(x.runs.shape[3]);
+  p.query_blocks = static_cast<int>(x.runs.shape[2]), p.selection_heads = static_cast<int>(x.runs.shape[1]);
+  p.first_pair = static_cast<int>(slab.first_pair), p.first_block = static_cast<int>(slab.first_block);
+  p.blocks = static_cast<int>(slab.blocks);
+  const int64_t lists = slab.pairs * slab.blocks;
+  if (lists == 0) return cudaSuccess;
+  // Few lists: a call cannot fill the GPU, so each list gets more threads.
+  if (lists <= 128) {
+    select_keys_kernel<1024><<<lists, 1024, 0, stream>>>(p);
+  } else {
+    select_keys_kernel<256><<<lists, 256, 0, stream>>>(p);
+  }
+  return cudaGetLastError();
+}
+
+int64_t workspace_bytes(const SelectKeys&) { return 0; }
+
+cudaError_t run(const SelectKeys& x, void*, cudaStream_t stream) {
+  return run_select_keys(x, {0, x.runs.shape[0] * x.runs.shape[1], 0, x.runs.shape[2]}, stream);
+}
+
+}  // namespace dhsa::cuda
