@@ -12,6 +12,8 @@ their rounding, and less than half what a plain TF32 product would lose.
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import torch
 
@@ -77,7 +79,7 @@ def canonical(runs, num_runs, k_len):
         assert 0 <= count <= runs.shape[-2]
         assert (runs[where][count:] == 0).all(), "entries after num_runs must be 0"
         edges = runs[where][:count].flatten().tolist()
-        assert all(a < b for a, b in zip(edges, edges[1:], strict=False)), f"not rising, disjoint and merged: {edges}"
+        assert all(a < b for a, b in itertools.pairwise(edges)), f"not rising, disjoint and merged: {edges}"
         assert not edges or (edges[0] >= 0 and edges[-1] <= k_len)
 
 
@@ -92,3 +94,14 @@ def settled(scores: torch.Tensor, kept: set[int], candidates: set[int], size: fl
     cut = min(float(scores[j]) for j in kept)
     near = NEAR_CUT * max(abs(float(scores[j])) for j in candidates) if size is None else size
     return all(float(scores[j]) == cut or abs(float(scores[j]) - cut) > near for j in candidates)
+
+
+def token_share(q, k, row_lse, first, last, *, q_stride, scale, softcap):
+    """[Lk] float64 of one block and one list: the mean over sampled rows and heads of min(1, exp(s - row_lse)).
+
+    q [heads, Lq, D] and row_lse [heads, rows] of the heads that share the list, k [heads, Lk, D] what each one reads.
+    """
+    rows = list(range(last, first - 1, -q_stride))
+    logits = scale * q[:, rows].double() @ k.double().mT
+    logits = softcap * torch.tanh(logits / softcap) if softcap else logits
+    return (logits - row_lse[:, : len(rows), None].double()).exp().clamp(max=1).mean((0, 1))

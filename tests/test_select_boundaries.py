@@ -1,5 +1,7 @@
 """Stage 2: greedy non-maximum suppression, bit for bit."""
 
+import itertools
+
 import brute
 import numpy as np
 import pytest
@@ -97,7 +99,7 @@ def test_no_chunk_is_shorter_than_the_radius_but_at_a_forced_cut(run, data, radi
     cuts = offsets[0, : count[0] + 1].tolist()
     assert cuts[0] == 0 and cuts[-1] == length and cuts == sorted(set(cuts))
     forced = {0, length} | set(range(0, length, segment or length))
-    for begin, end in zip(cuts, cuts[1:], strict=False):
+    for begin, end in itertools.pairwise(cuts):
         assert end - begin > radius or {begin, end} <= forced
 
 
