@@ -1,0 +1,230 @@
+#include "cpu/attention.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include "cpu/dispatch.h"
+#include "dhsa.h"
+
+namespace dhsa::cpu {
+namespace {
+
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+// Walks the keys of a list that lie in [low, high), whatever the list holds.
+class KeyCursor {
+ public:
+  KeyCursor(RunList list, int64_t low, int64_t high) : list_(list), low_(low), high_(high) {}
+
+  int64_t next(int32_t* index, int64_t capacity) {  // returns how many keys it wrote; 0 at the end
+    int64_t n = 0;
+    while (n < capacity && advance()) {
+      const int64_t count = std::min(capacity - n, end_ - key_);
+      for (int64_t i = 0; i < count; ++i) index[n + i] = static_cast<int32_t>(key_ + i);
+      key_ += count;
+      n += count;
+    }
+    return n;
+  }
+
+  void skip(int64_t count) {
+    while (count > 0 && advance()) {
+      const int64_t step = std::min(count, end_ - key_);
+      key_ += step;
+      count -= step;
+    }
+  }
+
+ private:
+  bool advance() {  // to a run with keys left
+    while (key_ >= end_) {
+      if (run_ == list_.count) return false;
+      key_ = std::max<int64_t>(list_.runs[2 * run_], low_);
+      end_ = std::min<int64_t>(list_.runs[2 * run_ + 1], high_);
+      ++run_;
+    }
+    return true;
+  }
+
+  RunList list_;
+  int64_t low_, high_, run_ = 0, key_ = 0, end_ = 0;
+};
+
+// The keys that some query at positions [p0, p1] sees.
+KeyCursor visible_keys(const AttentionArgs& args, RunList runs, int64_t p0, int64_t p1) {
+  const int64_t low = args.softmax.window > 0 ? std::max<int64_t>(0, p0 - args.softmax.window + 1) : 0;
+  return KeyCursor(runs, low, std::min(args.seqlen_k, p1 + 1));
+}
+
+// Rows of a tile: `heads` heads from first_head, each with `queries` queries from first_query; row = h * queries + i.
+struct Rows {
+  int64_t b, first_head, heads, first_query, queries, kv_head;
+
+  int64_t count() const { return heads * queries; }
+};
+
+void load_queries(const AttentionArgs& args, const Rows& rows, const AttentionScratch& scratch) {
+  for (int64_t h = 0; h < rows.heads; ++h) {
+    args.kernels->load_rows[args.q.dtype](args.q.at(rows.b, rows.first_head + h, rows.first_query), args.q.row,
+                                          rows.queries, args.head_dim, args.softmax.scale,
+                                          scratch.q + h * rows.queries * args.head_dim);
+  }
+}
+
+// Adds one tile's values to a row key by key, leaving out those it does not see: for tiles that hold a NaN or an
+// infinity, which a probability of 0 would not silence.
+void add_seen_values(const AttentionArgs& args, const Rows& rows, int64_t row, int64_t n, int64_t low, int64_t high,
+                     float* acc, const AttentionScratch& scratch) {
+  int64_t seen = 0;
+  for (int64_t j = 0; j < n; ++j) {
+    if (scratch.index[j] <= low || scratch.index[j] > high) continue;
+    scratch.seen_index[seen] = scratch.index[j];
+    scratch.seen_probs[seen++] = scratch.probs[row * kBlockN + j];
+  }
+  args.kernels->add_weighted_rows[args.v.dtype](scratch.seen_probs, kBlockN, 1, args.v.at(rows.b, rows.kv_head, 0),
+                                                args.v.row, scratch.seen_index, seen, args.head_dim, acc);
+}
+
+// One tile of n keys, their indices in scratch.index, for every row.
+void attend_tile(const AttentionArgs& args, const Rows& rows, int64_t n, const AttentionScratch& scratch) {
+  const Kernels& kernels = *args.kernels;
+  const int64_t head_dim = args.head_dim, padded_dim = round_up(head_dim, kMaxPanel);
+  const int64_t padded = round_up(n, kMaxPanel), m = rows.count();
+  const int64_t p0 = args.seqlen_k - args.seqlen_q + rows.first_query, p1 = p0 + rows.queries - 1;
+  std::fill(scratch.index + n, scratch.index + padded, std::numeric_limits<int32_t>::max());
+
+  kernels.pack_keys[args.k.dtype](args.k.at(rows.b, rows.kv_head, 0), args.k.row, scratch.index, n, padded, head_dim,
+                                  scratch.k_panels);
+  const bool finite = kernels.pack_values[args.v.dtype](args.v.at(rows.b, rows.kv_head, 0), args.v.row, scratch.index,
+                                                        n, padded, head_dim, scratch.v_panels);
+  for (int64_t c = 0; c < padded; c += kernels.panel) {
+    kernels.gemm_panel(m, head_dim, scratch.q, head_dim, scratch.k_panels + c * head_dim, scratch.probs + c, kBlockN,
+                       false);
+  }
+
+  const auto [least, most] = std::minmax_element(scratch.index, scratch.index + n);
+  const bool masked = padded != n || *most > p0 || (args.softmax.window > 0 && *least <= p1 - args.softmax.window);
+  const bool key_by_key = masked && !finite;
+  for (int64_t r = 0; r < m; ++r) {
+    float* s = scratch.probs + r * kBlockN;
+    const int64_t p = p0 + r % rows.queries;
+    const int64_t low = args.softmax.window > 0 ? std::max<int64_t>(-1, p - args.softmax.window) : -1;
+    if (args.softmax.softcap > 0.0f) kernels.softcap_row(s, padded, args.softmax.softcap);
+    if (masked) kernels.mask_row(s, scratch.index, padded, static_cast<int32_t>(low), static_cast<int32_t>(p));
+    const float shrink = kernels.softmax_row(s, padded, scratch.row_max + r, scratch.row_sum + r);
+    float* acc = scratch.acc + r * padded_dim;
+    if (shrink != 1.0f) kernels.scale_row(acc, padded_dim, shrink);
+    if (key_by_key) add_seen_values(args, rows, r, n, low, p, acc, scratch);
+  }
+  if (key_by_key) return;
+  for (int64_t d = 0; d < padded_dim; d += kernels.panel) {
+    kernels.gemm_panel(m, padded, scratch.probs, kBlockN, scratch.v_panels + d * padded, scratch.acc + d, padded_dim,
+                       true);
+  }
+}
+
+void attend_rows(const AttentionArgs& args, const Rows& rows, RunList runs, const AttentionScratch& scratch) {
+  const int64_t padded_dim = round_up(args.head_dim, kMaxPanel);
+  const int64_t p0 = args.seqlen_k - args.seqlen_q + rows.first_query;
+  load_queries(args, rows, scratch);
+  std::fill_n(scratch.acc, rows.count() * padded_dim, 0.0f);
+  std::fill_n(scratch.row_max, rows.count(), -kInfinity);
+  std::fill_n(scratch.row_sum, rows.count(), 0.0f);
+  KeyCursor keys = visible_keys(args, runs, p0, p0 + rows.queries - 1);
+  while (const int64_t n = keys.next(scratch.index, kBlockN)) attend_tile(args, rows, n, scratch);
+  for (int64_t r = 0; r < rows.count(); ++r) {
+    finish_row(args, rows.b, rows.first_head + r / rows.queries, rows.first_query + r % rows.queries,
+               scratch.row_max[r], scratch.row_sum[r], scratch.acc + r * padded_dim);
+  }
+}
+
+void attend_query(const AttentionArgs& args, const Rows& rows, KeyCursor keys, int64_t count, float* row_max,
+                  float* row_sum, float* acc, const AttentionScratch& scratch) {
+  const Kernels& kernels = *args.kernels;
+  load_queries(args, rows, scratch);
+  std::fill_n(acc, rows.heads * args.head_dim, 0.0f);
+  std::fill_n(row_max, rows.heads, -kInfinity);
+  std::fill_n(row_sum, rows.heads, 0.0f);
+  while (const int64_t n = keys.next(scratch.index, std::min(kBlockN, count))) {
+    const int64_t padded = round_up(n, kMaxPanel);
+    count -= n;
+    kernels.dot_rows[args.k.dtype](scratch.q, rows.heads, args.k.at(rows.b, rows.kv_head, 0), args.k.row, scratch.index,
+                                   n, args.head_dim, scratch.probs, kBlockN);
+    for (int64_t h = 0; h < rows.heads; ++h) {
+      float* s = scratch.probs + h * kBlockN;
+      std::fill(s + n, s + padded, 0.0f);
+      if (args.softmax.softcap > 0.0f) kernels.softcap_row(s, padded, args.softmax.softcap);
+      std::fill(s + n, s + padded, -kInfinity);
+      const float shrink = kernels.softmax_row(s, padded, row_max + h, row_sum + h);
+      if (shrink != 1.0f) kernels.scale_row(acc + h * args.head_dim, args.head_dim, shrink);
+    }
+    kernels.add_weighted_rows[args.v.dtype](scratch.probs, kBlockN, rows.heads, args.v.at(rows.b, rows.kv_head, 0),
+                                            args.v.row, scratch.index, n, args.head_dim, acc);
+  }
+}
+
+}  // namespace
+
+void finish_row(const AttentionArgs& args, int64_t b, int64_t head, int64_t query, float row_max, float row_sum,
+                const float* acc) {
+  const bool empty = row_sum == 0.0f;
+  args.kernels->store_row[args.out.dtype](acc, empty ? 0.0f : 1.0f / row_sum, args.head_dim,
+                                          args.out.at(b, head, query));
+  args.lse[b * args.lse_batch + head * args.lse_head + query * args.lse_row] =
+      empty ? -kInfinity : row_max + std::log(row_sum);
+}
+
+void attend_part(const AttentionArgs& args, int64_t b, int64_t group, int64_t query, RunList runs, int64_t first_rank,
+                 int64_t last_rank, float* row_max, float* row_sum, float* acc, const AttentionScratch& scratch) {
+  const int64_t heads = args.heads.heads(), p = args.seqlen_k - args.seqlen_q + query;
+  for (int64_t h = 0; h < heads; h += kMaxRows) {
+    const Rows rows{b, group * heads + h, std::min(kMaxRows, heads - h), query, 1, args.heads.kv_head(group)};
+    KeyCursor keys = visible_keys(args, runs, p, p);
+    keys.skip(first_rank);
+    attend_query(args, rows, keys, last_rank - first_rank, row_max + h, row_sum + h, acc + h * args.head_dim, scratch);
+  }
+}
+
+void attend_block(const AttentionArgs& args, int64_t b, int64_t group, const Block& block, RunList runs,
+                  const AttentionScratch& scratch) {
+  const int64_t heads = args.heads.heads(), kv_head = args.heads.kv_head(group);
+  const int64_t head_step = std::min(heads, kMaxRows), query_step = std::max<int64_t>(1, kMaxRows / head_step);
+  for (int64_t h = 0; h < heads; h += head_step) {
+    for (int64_t i = block.first; i <= block.last; i += query_step) {
+      const Rows rows{
+          b, group * heads + h, std::min(head_step, heads - h), i, std::min(query_step, block.last + 1 - i), kv_head};
+      if (rows.queries > 1) {
+        attend_rows(args, rows, runs, scratch);
+        continue;
+      }
+      const int64_t p = args.seqlen_k - args.seqlen_q + i;
+      attend_query(args, rows, visible_keys(args, runs, p, p), args.seqlen_k, scratch.row_max, scratch.row_sum,
+                   scratch.acc, scratch);
+      for (int64_t r = 0; r < rows.heads; ++r) {
+        finish_row(args, b, rows.first_head + r, i, scratch.row_max[r], scratch.row_sum[r],
+                   scratch.acc + r * args.head_dim);
+      }
+    }
+  }
+}
+
+int64_t workspace_bytes(const SparseAttention& p, int workers) {
+  return workers * scratch_bytes<AttentionScratch>(p.q.shape[3]);
+}
+
+void run(const SparseAttention& p, void* workspace, const Executor& executor) {
+  const int64_t lists = p.runs.shape[1], blocks = p.runs.shape[2], capacity = p.runs.shape[3];
+  const AttentionArgs args(active_kernels(), p, lists);
+  const int64_t groups = args.heads.groups();
+  executor.run(p.q.shape[0] * groups * blocks, [&](int64_t item, int worker) {
+    const int64_t b = item / (groups * blocks), group = item / blocks % groups, j = item % blocks;
+    const int64_t list = (b * lists + args.heads.list(group)) * blocks + j;
+    const int64_t count = std::clamp<int64_t>(p.num_runs.as<const int32_t>()[list], 0, capacity);
+    attend_block(args, b, group, Block(j, p.q_block, args.seqlen_q, args.seqlen_k, p.softmax.window),
+                 {p.runs.as<const int32_t>() + list * capacity * 2, count},
+                 worker_scratch<AttentionScratch>(workspace, worker, p.q.shape[3]));
+  });
+}
+
+}  // namespace dhsa::cpu

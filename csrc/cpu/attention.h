@@ -1,0 +1,89 @@
+// Sparse attention of one query block over one list of keys, shared by sparse_attention and the fused calls.
+//
+//   out[i] = sum_j softmax_j(logit(i, j)) v[j] over the keys j of the list with p_i - window < j <= p_i
+//   logit  = softcap * tanh(scale q.k / softcap), or scale q.k;  lse[i] = log sum_j exp(logit(i, j))
+//
+// Blocks of several queries: kBlockN keys at a time are gathered into packed float32 tiles, once for all rows (queries
+// of all heads that share the KV head), then an online softmax. Single queries: K and V rows are read in place.
+// Accumulation is float32. A row with no key: out 0, lse -inf. A value row that a query may not see never touches it,
+// NaN included. Rows are worked at most kMaxRows at a time, so that the scratch has one size.
+#pragma once
+
+#include "core/types.h"
+#include "cpu/kernels.h"
+#include "cpu/scratch.h"
+#include "cpu/views.h"
+
+namespace dhsa::cpu {
+
+constexpr int64_t kMaxRows = 256;  // repacking for the next 256 rows costs about 2 % of their products
+
+struct AttentionArgs {
+  const Kernels* kernels;
+  RowView q, k, v, out;
+  float* lse;
+  int64_t lse_batch, lse_head, lse_row;  // strides
+  HeadGroups heads;
+  int64_t head_dim, seqlen_q, seqlen_k;
+  Softmax softmax;
+
+  // P has q, k, v, out, lse and softmax.
+  template <class P>
+  AttentionArgs(const Kernels& table, const P& p, int64_t lists)
+      : kernels(&table),
+        q(p.q),
+        k(p.k),
+        v(p.v),
+        out(p.out),
+        lse(p.lse.template as<float>()),
+        lse_batch(p.lse.stride[0]),
+        lse_head(p.lse.stride[1]),
+        lse_row(p.lse.stride[2]),
+        heads{p.q.shape[1], p.k.shape[1], lists},
+        head_dim(p.q.shape[3]),
+        seqlen_q(p.q.shape[2]),
+        seqlen_k(p.k.shape[2]),
+        softmax(p.softmax) {}
+};
+
+struct RunList {
+  const int32_t* runs;
+  int64_t count;
+};
+
+struct AttentionScratch {
+  float *q, *acc, *probs, *k_panels, *v_panels;  // [kMaxRows][D], [kMaxRows][Dp], [kMaxRows][kBlockN], [D][kBlockN], ..
+  float *row_max, *row_sum;                      // [kMaxRows]
+  int32_t* index;                                // [kBlockN] keys of the tile
+  int32_t* seen_index;                           // [kBlockN] those that one row sees
+  float* seen_probs;                             // [kBlockN]
+
+  AttentionScratch(Arena& arena, int64_t head_dim) {
+    const int64_t padded_dim = round_up(head_dim, kMaxPanel);
+    q = arena.take<float>(kMaxRows * head_dim);
+    acc = arena.take<float>(kMaxRows * padded_dim);
+    probs = arena.take<float>(kMaxRows * kBlockN);
+    k_panels = arena.take<float>(kBlockN * head_dim);
+    v_panels = arena.take<float>(kBlockN * padded_dim);
+    row_max = arena.take<float>(kMaxRows);
+    row_sum = arena.take<float>(kMaxRows);
+    index = arena.take<int32_t>(kBlockN);
+    seen_index = arena.take<int32_t>(kBlockN);
+    seen_probs = arena.take<float>(kBlockN);
+  }
+};
+
+// The queries of `block` for one head group.
+void attend_block(const AttentionArgs& args, int64_t b, int64_t group, const Block& block, RunList runs,
+                  const AttentionScratch& scratch);
+
+// A part of one query's keys: those with ranks [first_rank, last_rank) among the visible ones of the list. Leaves, per
+// head of the group, the running maximum, sum and unscaled output at row_max[h], row_sum[h], acc[h * head_dim].
+void attend_part(const AttentionArgs& args, int64_t b, int64_t group, int64_t query, RunList runs, int64_t first_rank,
+                 int64_t last_rank, float* row_max, float* row_sum, float* acc, const AttentionScratch& scratch);
+
+// out = acc / row_sum and lse = row_max + log(row_sum) for one row.
+void finish_row(const AttentionArgs& args, int64_t b, int64_t head, int64_t query, float row_max, float row_sum,
+                const float* acc);
+
+}  // namespace dhsa::cpu

@@ -1,0 +1,50 @@
+// chunk_scores on CPU: kBlockN pooled keys are packed once per work item and multiplied with every query block's
+// vector.
+#include <algorithm>
+
+#include "cpu/dispatch.h"
+#include "cpu/scratch.h"
+#include "dhsa.h"
+
+namespace dhsa::cpu {
+namespace {
+
+constexpr int64_t kRows = 256;  // query blocks of a work item
+
+struct Scratch {
+  float *panels, *tile;
+  Scratch(Arena& arena, int64_t head_dim)
+      : panels(arena.take<float>(kBlockN * head_dim)), tile(arena.take<float>(kRows * kMaxPanel)) {}
+};
+
+}  // namespace
+
+int64_t workspace_bytes(const ChunkScores& p, int workers) {
+  return workers * scratch_bytes<Scratch>(p.q_pooled.shape[3]);
+}
+
+void run(const ChunkScores& p, void* workspace, const Executor& executor) {
+  const Kernels& kernels = active_kernels();
+  const int64_t rows = p.q_pooled.shape[2], columns = p.k_pooled.shape[2], head_dim = p.q_pooled.shape[3];
+  const int64_t row_parts = ceil_div(rows, kRows), column_parts = ceil_div(columns, kBlockN);
+  const int64_t parts = row_parts * column_parts;
+  executor.run(p.q_pooled.shape[0] * p.q_pooled.shape[1] * parts, [&](int64_t item, int worker) {
+    const Scratch scratch = worker_scratch<Scratch>(workspace, worker, head_dim);
+    const int64_t list = item / parts;
+    const int64_t row = item % parts / column_parts * kRows, column = item % column_parts * kBlockN;
+    const int64_t m = std::min(kRows, rows - row), n = std::min(kBlockN, columns - column);
+    const float* q = p.q_pooled.as<const float>() + (list * rows + row) * head_dim;
+    const float* k = p.k_pooled.as<const float>() + (list * columns + column) * head_dim;
+    float* scores = p.scores.as<float>() + (list * rows + row) * columns + column;
+
+    kernels.pack_keys[0](k, head_dim, nullptr, n, round_up(n, kernels.panel), head_dim, scratch.panels);
+    for (int64_t c = 0; c < n; c += kernels.panel) {
+      const float* panel = scratch.panels + c * head_dim;
+      const int64_t width = std::min(kernels.panel, n - c);
+      kernels.gemm_panel(m, head_dim, q, head_dim, panel, scratch.tile, kernels.panel, false);
+      for (int64_t r = 0; r < m; ++r) std::copy_n(scratch.tile + r * kernels.panel, width, scores + r * columns + c);
+    }
+  });
+}
+
+}  // namespace dhsa::cpu

@@ -1,0 +1,79 @@
+#include "cpu/dispatch.h"
+
+#include <cstdlib>
+#include <stdexcept>
+#include <string>
+
+#include "dhsa.h"
+
+namespace dhsa::cpu {
+namespace {
+
+bool always() { return true; }
+
+#if defined(DHSA_HAVE_AVX2)
+bool machine_has_avx2() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+}
+#endif
+
+struct Isa {
+  const Kernels* kernels;
+  bool (*machine_has)();
+};
+
+// In rising order of preference; a new ISA is one row here and one folder.
+const Isa kIsas[] = {
+    {&kScalarKernels, always},
+#if defined(DHSA_HAVE_AVX2)
+    {&kAvx2Kernels, machine_has_avx2},
+#endif
+#if defined(DHSA_HAVE_NEON)
+    {&kNeonKernels, always},  // part of the armv8-a baseline
+#endif
+};
+
+std::string names(bool detected_only) {
+  std::string list;
+  for (const Isa& isa : kIsas) {
+    if (detected_only && !isa.machine_has()) continue;
+    if (!list.empty()) list += ",";
+    list += isa.kernels->name;
+  }
+  return list;
+}
+
+const Kernels& choose() {
+  const char* forced = std::getenv("DHSA_FORCE_ISA");
+  const bool any = forced == nullptr || *forced == '\0';
+  const Kernels* best = nullptr;
+  for (const Isa& isa : kIsas) {
+    if ((any || std::string(forced) == isa.kernels->name) && isa.machine_has()) best = isa.kernels;
+  }
+  if (best == nullptr) {
+    throw std::runtime_error(std::string("DHSA_FORCE_ISA: expected one of ") + isas_detected() +
+                             " (compiled: " + isas_compiled() + "), got " + forced);
+  }
+  return *best;
+}
+
+}  // namespace
+
+const Kernels& active_kernels() {
+  static const Kernels& kernels = choose();
+  return kernels;
+}
+
+const char* isas_compiled() {
+  static const std::string list = names(false);
+  return list.c_str();
+}
+
+const char* isas_detected() {
+  static const std::string list = names(true);
+  return list.c_str();
+}
+
+const char* isa_active() { return active_kernels().name; }
+
+}  // namespace dhsa::cpu

@@ -1,0 +1,86 @@
+// The micro-kernels of one instruction set: plain loops over raw pointers, without threads, allocation or state.
+//
+// Every ISA folder compiles the same headers of cpu/simd over its own vec.h and tiles.h into one such table, inside a
+// namespace of its own and with its own -m flags. This header is the only one that those files share with the rest,
+// and it holds no inline function: nothing compiled for a newer machine can be merged into baseline objects.
+//
+// Packed panels: a matrix of k rows and `panel` columns is stored [k][panel]; wider ones as consecutive panels.
+// Arrays of three are indexed by DType: float32, float16, bfloat16. row_stride counts elements.
+#pragma once
+
+#include <cstdint>
+
+namespace dhsa::cpu {
+
+struct Half {
+  uint16_t bits;
+};
+struct BFloat16 {
+  uint16_t bits;
+};
+
+constexpr int64_t kBlockN = 64;    // keys of a packed tile: K and V tiles of head_dim 128 are 32 KiB each
+constexpr int64_t kMaxPanel = 16;  // every panel and vector width divides it, and it divides kBlockN
+constexpr int64_t kAlign = 64;     // bytes, of every scratch array
+
+struct Kernels {
+  const char* name;
+  int64_t panel;  // columns of a packed panel; divides kMaxPanel
+
+  // With S_t = x[t] + ... + x[t + window - 1], for each t of [0, count): norms[t] += S_t . S_t and, from t = window on,
+  // dots[t] += S_{t - window} . S_t. ring: window * head_dim floats. Reads x[0 .. count + window - 2].
+  void (*window_products[3])(const void* x, int64_t row_stride, int64_t head_dim, int64_t window, int64_t count,
+                             float* ring, float* dots, float* norms);
+
+  // sum[d] += x[0][d] + ... + x[rows - 1][d].
+  void (*add_rows[3])(const void* x, int64_t row_stride, int64_t rows, int64_t head_dim, float* sum);
+
+  // out[r][d] = scale * x[r][d], float32, rows packed at head_dim; and the way back for one row.
+  void (*load_rows[3])(const void* x, int64_t row_stride, int64_t rows, int64_t head_dim, float scale, float* out);
+  void (*store_row[3])(const float* x, float scale, int64_t head_dim, void* out);
+
+  // Transposes rows index[0..n) of k (index null: rows 0..n) into panels [n_padded / panel][head_dim][panel], zero
+  // padded.
+  void (*pack_keys[3])(const void* k, int64_t row_stride, const int32_t* index, int64_t n, int64_t n_padded,
+                       int64_t head_dim, float* panels);
+  // Copies rows index[0..n) of v into panels [ceil(head_dim / panel)][n_padded][panel], zero padded; true if all
+  // finite.
+  bool (*pack_values[3])(const void* v, int64_t row_stride, const int32_t* index, int64_t n, int64_t n_padded,
+                         int64_t head_dim, float* panels);
+
+  // c[m][panel] = a[m][k] . b[k][panel], or += ; every element is one chain of k fused multiply-adds in order of k, so
+  // its value does not depend on m or on the place in the tile. k is a multiple of 8.
+  void (*gemm_panel)(int64_t m, int64_t k, const float* a, int64_t lda, const float* b, float* c, int64_t ldc,
+                     bool accumulate);
+
+  // scores[m][0..n) = q[m] . k[index[n]] in place, without packing: for a few rows. q is [m][head_dim].
+  void (*dot_rows[3])(const float* q, int64_t m, const void* k, int64_t row_stride, const int32_t* index, int64_t n,
+                      int64_t head_dim, float* scores, int64_t lds);
+  // out[m] += sum over n of p[m][n] * v[index[n]]. out is [m][head_dim].
+  void (*add_weighted_rows[3])(const float* p, int64_t ldp, int64_t m, const void* v, int64_t row_stride,
+                               const int32_t* index, int64_t n, int64_t head_dim, float* out);
+
+  // s[n] = softcap * tanh(s[n]); n is a multiple of kMaxPanel.
+  void (*softcap_row)(float* s, int64_t n, float softcap);
+  // s[n] = -inf where not low < position[n] <= high; n is a multiple of kMaxPanel.
+  void (*mask_row)(float* s, const int32_t* position, int64_t n, int32_t low, int32_t high);
+  // One step of the online softmax: row_max and row_sum take s[0..n) in, s becomes exp(s - row_max); n is a multiple
+  // of kMaxPanel. Returns the factor by which the row's accumulator must shrink.
+  float (*softmax_row)(float* s, int64_t n, float* row_max, float* row_sum);
+  void (*scale_row)(float* x, int64_t n, float factor);
+
+  // z[n] = softcapped z[n] + log_n[n], NaN and infinities as -inf; mass[n] += softmax(z)[n]. Returns logsumexp(z).
+  float (*mass_row)(float* z, const float* log_n, int64_t n, float softcap, float* mass);
+  // mass[n] += min(1, exp(softcapped s[n] - row_lse)). n is a multiple of kMaxPanel in both.
+  void (*bounded_exp_row)(float* s, int64_t n, float softcap, float row_lse, float* mass);
+};
+
+extern const Kernels kScalarKernels;
+#if defined(DHSA_HAVE_AVX2)
+extern const Kernels kAvx2Kernels;
+#endif
+#if defined(DHSA_HAVE_NEON)
+extern const Kernels kNeonKernels;
+#endif
+
+}  // namespace dhsa::cpu

@@ -1,0 +1,36 @@
+// exp and tanh over the ISA's vec.h; included by its kernels.cpp only.
+#pragma once
+
+namespace dhsa::cpu::DHSA_ISA {
+
+constexpr float kInfinity = __builtin_inff();
+
+// exp(x) for x <= 0 within 2 ulp; 0 below -87.3, where the result would be subnormal; NaN stays NaN.
+inline Vec exp_nonpositive(Vec x) {
+  const Vec n = round(mul(x, set1(1.44269504f)));
+  Vec r = fma(n, set1(-0.693359375f), x);
+  r = fma(n, set1(2.12194440e-4f), r);  // ln 2 in two parts: n * 0.693359375 is exact
+  Vec p = set1(1.9875691500e-4f);
+  p = fma(p, r, set1(1.3981999507e-3f));
+  p = fma(p, r, set1(8.3334519073e-3f));
+  p = fma(p, r, set1(4.1665795894e-2f));
+  p = fma(p, r, set1(1.6666665459e-1f));
+  p = fma(p, r, set1(5.0000001201e-1f));
+  p = fma(mul(r, r), p, add(r, set1(1.0f)));
+  return select_less(x, set1(-87.3f), zero(), scale_by_power_of_2(p, n));
+}
+
+// tanh(x): (1 - t) / (1 + t) with t = exp(-2|x|); below 0.3, where 1 - t cancels, the odd series to x^9.
+inline Vec tanh(Vec x) {
+  const Vec magnitude = abs(x);
+  const Vec t = exp_nonpositive(mul(magnitude, set1(-2.0f)));
+  const Vec large = copy_sign(div(sub(set1(1.0f), t), add(set1(1.0f), t)), x);
+  const Vec x2 = mul(x, x);
+  Vec p = fma(set1(62.0f / 2835.0f), x2, set1(-17.0f / 315.0f));
+  p = fma(p, x2, set1(2.0f / 15.0f));
+  p = fma(p, x2, set1(-1.0f / 3.0f));
+  const Vec small = fma(mul(p, x2), x, x);
+  return select_less(magnitude, set1(0.3f), small, large);
+}
+
+}  // namespace dhsa::cpu::DHSA_ISA
