@@ -1,11 +1,16 @@
-// 7. sparse_attention: only the switch, dtype x head_dim, and the plan for splitting long lists. float32 runs a plain
-// kernel, 16-bit types sm80/ (mma.sync).
+// 7. sparse_attention: only the switch, architecture x dtype x head_dim, and the plan for splitting long lists.
+//
+// An sm_90 GPU runs sm90/ (wgmma) if the build holds sm_90a code, every other GPU sm80/ (mma.sync); float32 runs a
+// plain kernel. DHSA_FORCE_CUDA_KERNEL=sm80|sm90 picks one by name, and fails where it cannot run.
 #include <algorithm>
+#include <cstdlib>
+#include <cstring>
 
 #include "cuda/device/run_walker.h"
 #include "cuda/dispatch.h"
 #include "cuda/launch.h"
 #include "cuda/sm80/attention.h"
+#include "cuda/sm90/attention.h"
 
 namespace dhsa::cuda {
 namespace {
@@ -79,11 +84,41 @@ AttentionParams params(const SparseAttention& x, const SplitPlan& plan, const Pa
   return p;
 }
 
+enum class Kernel { kSm80, kSm90 };
+
+// The kernel family for the current device, or the one that was forced.
+cudaError_t choose_kernel(Kernel* kernel) {
+  int device = 0, major = 0, minor = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
+  if (error != cudaSuccess) return error;
+  const bool sm90 = major == 9 && minor == 0 && std::strstr(archs_compiled(), "90a") != nullptr;
+  const char* forced = std::getenv("DHSA_FORCE_CUDA_KERNEL");
+  if (forced == nullptr || *forced == '\0') {
+    *kernel = sm90 ? Kernel::kSm90 : Kernel::kSm80;
+  } else if (std::strcmp(forced, "sm80") == 0) {
+    *kernel = Kernel::kSm80;
+  } else if (std::strcmp(forced, "sm90") == 0 && sm90) {
+    *kernel = Kernel::kSm90;
+  } else {
+    return cudaErrorNoKernelImageForDevice;
+  }
+  return cudaSuccess;
+}
+
 template <class T, int kHeadDim>
 cudaError_t run_half(const AttentionParams& p, cudaStream_t stream) {
+  Kernel kernel;
+  cudaError_t error = choose_kernel(&kernel);
+  if (error != cudaSuccess) return error;
   const int rows = p.q_block * p.group;
   AttentionParams launched = p;
-  const cudaError_t error = sm80::attention<T, kHeadDim>(launched, kHeadDim == 256 || rows <= 64 ? 1 : 2, stream);
+  if (kernel == Kernel::kSm90) {
+    error = sm90::attention<T, kHeadDim>(launched, stream);
+  } else {
+    error = sm80::attention<T, kHeadDim>(launched, kHeadDim == 256 || rows <= 64 ? 1 : 2, stream);
+  }
   if (error != cudaSuccess || p.tail_blocks == 0) return error;
   return sm80::attention_combine<T, kHeadDim>(launched, stream);
 }

@@ -61,24 +61,19 @@ __host__ __device__ inline int64_t num_items(const AttentionParams& p) {
 // Tail items first, the splits of a tile side by side; then tiles by KV head and rising query block, so that thread
 // blocks that run together read the same head's keys: at 128K and head_dim 128 one head's K and V (67 MB) exceed L2.
 template <int kBlockM>
-__device__ inline WorkItem work_item(const AttentionParams& p, int64_t index) {
+__device__ inline WorkItem work_item(const AttentionParams& p, int32_t index) {
   WorkItem item;
-  const int64_t tail = tail_items(p);
-  int32_t tile;
-  if (index < tail) {
-    item.split = int32_t(index % p.max_splits);
-    int64_t rest = index / p.max_splits;
-    tile = int32_t(rest % p.block_tiles), rest /= p.block_tiles;
-    item.block = p.num_blocks - p.tail_blocks + int32_t(rest % p.tail_blocks), rest /= p.tail_blocks;
-    item.group = int32_t(rest % p.num_groups), item.batch = int32_t(rest / p.num_groups);
-  } else {
-    item.split = -1;
-    int64_t rest = index - tail;
-    tile = int32_t(rest % p.block_tiles), rest /= p.block_tiles;
-    const int32_t blocks = p.num_blocks - p.tail_blocks;
-    item.block = int32_t(rest % blocks), rest /= blocks;
-    item.group = int32_t(rest % p.num_groups), item.batch = int32_t(rest / p.num_groups);
-  }
+  const int32_t tail = int32_t(tail_items(p));
+  const bool in_tail = index < tail;
+  int32_t rest = in_tail ? index : index - tail;
+  item.split = in_tail ? rest % p.max_splits : -1;
+  if (in_tail) rest /= p.max_splits;
+  const int32_t tile = rest % p.block_tiles;
+  rest /= p.block_tiles;
+  const int32_t blocks = in_tail ? p.tail_blocks : p.num_blocks - p.tail_blocks;
+  item.block = rest % blocks + (in_tail ? p.num_blocks - p.tail_blocks : 0);
+  rest /= blocks;
+  item.group = rest % p.num_groups, item.batch = rest / p.num_groups;
   const int32_t first_token = item.block * p.q_block;
   const int32_t tokens = min(p.q_block, p.seqlen_q - first_token);
   item.first_row = tile * kBlockM;

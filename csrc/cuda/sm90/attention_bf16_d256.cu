@@ -1,0 +1,11 @@
+#include "cuda/sm90/attention.h"
+#include "cuda/sm90/attention_kernel.h"
+
+namespace dhsa::cuda::sm90 {
+
+template <>
+cudaError_t attention<__nv_bfloat16, 256>(AttentionParams& p, cudaStream_t stream) {
+  return launch<__nv_bfloat16, Config<256, 1, 64, 2>>(p, stream);
+}
+
+}  // namespace dhsa::cuda::sm90

@@ -1,0 +1,12 @@
+#include "cuda/sm90/attention.h"
+#include "cuda/sm90/attention_kernel.h"
+
+namespace dhsa::cuda::sm90 {
+
+template <>
+cudaError_t attention<__half, 64>(AttentionParams& p, cudaStream_t stream) {
+  if (p.q_block * p.group <= 128) return launch<__half, Config<64, 1, 128, 6>>(p, stream);
+  return launch<__half, Config<64, 2, 128, 4>>(p, stream);
+}
+
+}  // namespace dhsa::cuda::sm90

@@ -1,0 +1,345 @@
+// sparse_attention on Hopper (sm_90a), float16 and bfloat16: wgmma fed by a producer warpgroup that gathers keys.
+//
+//   out[row] = softmax over j in the block's runs, p - window < j <= p, of logit(q[row] . k[j]), times v[j]
+//
+// A thread block stays on its SM and answers one work item after another (attention_work.h). Warpgroup 0 walks the run
+// list and copies Q, K and V into shared memory; warpgroups 1 and 2 own kHalves m64 tiles of packed rows each: S = Q
+// K^T from shared memory, softmax in registers, O += P V with P from registers, all accumulated in float32. The next S
+// is always issued before the P V of the last one, so that tensor cores work through a softmax. A row with no key gives
+// out 0, lse -inf.
+//
+//   barrier     arrivals per phase                                        waited for by    then
+//   full[s]     128 producer threads' copies + 1 (keys and header)        consumers        tile s may be read
+//   empty[s]    8 consumer warps, after P V of the tile is complete       producer         tile s may be overwritten
+//   q_full      128 producer threads' copies                              consumers        Q may be read
+//   q_empty     8 consumer warps, after the item's last Q K^T             producer         Q may be overwritten
+//
+// A work item sends at least one tile; the header of a tile says what it is (Header).
+#pragma once
+
+#include "cuda/device/attention_work.h"
+#include "cuda/device/barrier.h"
+#include "cuda/device/cp_async.h"
+#include "cuda/device/epilogue.h"
+#include "cuda/device/gather.h"
+#include "cuda/device/mma.h"
+#include "cuda/device/run_walker.h"
+#include "cuda/device/smem_tile.h"
+#include "cuda/device/softmax.h"
+#include "cuda/device/wgmma.h"
+#include "cuda/sm90/config.h"
+
+namespace dhsa::cuda::sm90 {
+
+enum Header : int32_t {
+  kMasked = 1,   // some row must not see some key of the tile
+  kLast = 2,     // of the work item
+  kNoWork = 4,   // a split without a share: no Q, no keys, no answer
+  kPartial = 8,  // the answer goes to the partials
+};
+
+// A ring position and the parity of its current phase.
+template <int kStages>
+struct Ring {
+  int32_t stage = 0;
+  uint32_t parity = 0;
+  __device__ void advance() {
+    if (++stage == kStages) stage = 0, parity ^= 1;
+  }
+};
+
+template <class C>
+struct Smem {
+  uint32_t q, keys, header, barriers;
+
+  __device__ explicit Smem(uint32_t base)
+      : q(base), keys(base + C::kKeysOffset), header(base + C::kHeaderOffset), barriers(base + C::kBarrierOffset) {}
+  __device__ uint32_t k_tile(int32_t stage) const { return q + C::kStageOffset + stage * C::kStageBytes; }
+  __device__ uint32_t v_tile(int32_t stage) const { return k_tile(stage) + C::KTile::kBytes; }
+  __device__ uint32_t full(int32_t stage) const { return barriers + 8 * stage; }
+  __device__ uint32_t empty(int32_t stage) const { return barriers + 8 * (C::kStages + stage); }
+  __device__ uint32_t q_full() const { return barriers + 8 * (2 * C::kStages); }
+  __device__ uint32_t q_empty() const { return barriers + 8 * (2 * C::kStages + 1); }
+};
+
+// --- Producer --------------------------------------------------------------------------------------------------------
+
+template <class T, class C>
+__device__ inline void produce(const AttentionParams& p, const Smem<C>& smem, uint8_t* smem_bytes) {
+  const int32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  int32_t* const keys = reinterpret_cast<int32_t*>(smem_bytes + C::kKeysOffset);
+  int32_t* const header = reinterpret_cast<int32_t*>(smem_bytes + C::kHeaderOffset);
+  Ring<C::kStages> ring;
+  uint32_t q_parity = 0;
+  const int32_t items = int32_t(num_items(p));
+  for (int32_t index = blockIdx.x; index < items; index += gridDim.x) {
+    const WorkItem item = work_item<C::kBlockM>(p, index);
+    if (item.num_rows <= 0) continue;
+    const int64_t list = list_index(p, item);
+    const int32_t num_runs = max(0, min(p.num_runs[list], p.run_capacity));
+    RunWalker walker(p.runs + list * p.run_capacity, num_runs, item.key_begin, item.key_end);
+    SplitRange range = {0, kMaxListKeys, 1};
+    if (item.split >= 0) {
+      range = split_range<C::kBlockN>(p, item.split, walker.count_keys());
+      if (threadIdx.x == 0 && item.split == 0) *split_count(p, item, item.first_row / C::kBlockM) = range.count;
+      if (item.split >= range.count) {
+        barrier_wait(smem.empty(ring.stage), ring.parity ^ 1);
+        if (threadIdx.x == 0) {
+          header[ring.stage] = kNoWork;
+          barrier_arrive(smem.full(ring.stage));
+        }
+        barrier_arrive_after_copies(smem.full(ring.stage));
+        ring.advance();
+        continue;
+      }
+    }
+    const int32_t kv_head = item.group / p.groups_per_kv;
+    const T* k = static_cast<const T*>(p.k) + item.batch * p.k_stride.batch + kv_head * p.k_stride.head;
+    const T* v = static_cast<const T*>(p.v) + item.batch * p.v_stride.batch + kv_head * p.v_stride.head;
+
+    bool last;
+    uint32_t begin = range.begin;
+    do {
+      int32_t key[C::kSlots];
+      const int32_t count = walker.template keys_at<C::kSlots>(begin, min(range.end, begin + C::kBlockN), key);
+      const uint32_t next = begin + C::kBlockN;
+      last = next >= range.end || !walker.reaches(next);
+      barrier_wait(smem.empty(ring.stage), ring.parity ^ 1);
+      gather_keys<T, C::kHeadDim, C::kBlockN, C::kProducerWarps>(smem.k_tile(ring.stage), k, p.k_stride.row, key, warp,
+                                                                 lane);
+      gather_keys<T, C::kHeadDim, C::kBlockN, C::kProducerWarps>(smem.v_tile(ring.stage), v, p.v_stride.row, key, warp,
+                                                                 lane);
+      if (warp == 0) {
+        bool masked = count < C::kBlockN;
+#pragma unroll
+        for (int32_t i = 0; i < C::kSlots; ++i) {
+          if (32 * i + lane < C::kBlockN) {
+            keys[ring.stage * C::kBlockN + 32 * i + lane] = key[i];
+            masked |= key[i] > item.first_position;
+            masked |= p.window > 0 && item.last_position - key[i] >= p.window;
+          }
+        }
+        masked = __any_sync(0xffffffffu, masked);
+        if (lane == 0) {
+          header[ring.stage] =
+              (masked ? kMasked : 0) | (last ? kLast : 0) | (item.split >= 0 && range.count > 1 ? kPartial : 0);
+          barrier_arrive(smem.full(ring.stage));
+        }
+      }
+      barrier_arrive_after_copies(smem.full(ring.stage));
+      ring.advance();
+      if (begin == range.begin) {  // after the first tile: Q is free only when the last item's last product is done
+        barrier_wait(smem.q_empty(), q_parity ^ 1);
+        gather_queries<T, C::kHeadDim, C::kBlockM, C::kProducerWarps>(smem.q, p, item, warp, lane);
+        barrier_arrive_after_copies(smem.q_full());
+        q_parity ^= 1;
+      }
+      begin = next;
+    } while (!last);
+  }
+}
+
+// --- Consumers -------------------------------------------------------------------------------------------------------
+
+// Issues S = Q K^T for m64 tile `row_tile` of the block.
+template <class T, class C>
+__device__ inline void issue_qk(float (&s)[C::kBlockN / 2], const Smem<C>& smem, int32_t row_tile, int32_t stage) {
+  const uint64_t q = wgmma_descriptor(smem.q + row_tile * 64 * 128, 0, 1024);
+  const uint64_t k = wgmma_descriptor(smem.k_tile(stage), 0, 1024);
+#pragma unroll
+  for (int32_t step = 0; step < C::kHeadDim / 16; ++step) {
+    const uint32_t column = step % 4 * 32;
+    Wgmma<T, C::kBlockN>::ss(s, q + ((step / 4 * C::QTile::kPanelBytes + column) >> 4),
+                             k + ((step / 4 * C::KTile::kPanelBytes + column) >> 4), step > 0);
+  }
+}
+
+// Issues O += P V.
+template <class T, class C>
+__device__ inline void issue_pv(float (&o)[C::kHeadDim / 2], const uint32_t (&prob)[C::kBlockN / 16][4],
+                                const Smem<C>& smem, int32_t stage) {
+  const uint64_t v = wgmma_descriptor(smem.v_tile(stage), C::KTile::kPanelBytes, 1024);
+#pragma unroll
+  for (int32_t step = 0; step < C::kBlockN / 16; ++step) {
+    Wgmma<T, C::kHeadDim>::rs(o, prob[step], v + ((step * 2048) >> 4));
+  }
+}
+
+template <class T, int kCount>
+__device__ inline void round_probabilities(uint32_t (&prob)[kCount / 8][4], const float (&s)[kCount]) {
+#pragma unroll
+  for (int32_t i = 0; i < kCount / 2; ++i) prob[i / 4][i % 4] = pack<T>(s[2 * i], s[2 * i + 1]);
+}
+
+template <class T, class C>
+__device__ inline void consume(const AttentionParams& p, const Smem<C>& smem, const uint8_t* smem_bytes,
+                               int32_t warpgroup) {
+  const int32_t warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
+  const int32_t* const keys = reinterpret_cast<const int32_t*>(smem_bytes + C::kKeysOffset);
+  const volatile int32_t* const header = reinterpret_cast<const int32_t*>(smem_bytes + C::kHeaderOffset);
+  const LogitRule rule(p.scale, p.softcap);
+  constexpr int kHalves = C::kHalves;
+  Ring<C::kStages> ring;
+  uint32_t q_parity = 0;
+  const int32_t items = int32_t(num_items(p));
+
+  const auto arrive = [&](uint32_t barrier) {
+    __syncwarp();
+    if (lane == 0) barrier_arrive(barrier);
+  };
+  const auto await_tile = [&](const Ring<C::kStages>& at) {
+    barrier_wait(smem.full(at.stage), at.parity);
+    fence_async_proxy();
+    return int32_t(header[at.stage]);
+  };
+
+  for (int32_t index = blockIdx.x; index < items; index += gridDim.x) {
+    const WorkItem item = work_item<C::kBlockM>(p, index);
+    if (item.num_rows <= 0) continue;
+    int32_t tile = await_tile(ring);
+    if (tile & kNoWork) {
+      arrive(smem.empty(ring.stage));
+      ring.advance();
+      continue;
+    }
+    barrier_wait(smem.q_full(), q_parity);
+    fence_async_proxy();
+    q_parity ^= 1;
+
+    float o[kHalves][C::kHeadDim / 2];
+    float s[C::kBlockN / 2];
+    uint32_t prob[kHalves][C::kBlockN / 16][4];
+    OnlineSoftmax softmax[kHalves];
+#pragma unroll
+    for (int32_t h = 0; h < kHalves; ++h) {
+#pragma unroll
+      for (int32_t i = 0; i < C::kHeadDim / 2; ++i) o[h][i] = 0.0f;
+    }
+
+    // Logits of half h to unrounded probabilities, with O[h] brought to the new maximum.
+    const auto softmax_step = [&](int32_t h, int32_t tile_header, int32_t stage) {
+      rule.transform(s);
+      if (tile_header & kMasked) {
+        const int32_t row = item.first_row + (warpgroup * kHalves + h) * 64 + warp * 16 + lane / 4;
+        const int32_t position[2] = {item.block_position + row / p.group, item.block_position + (row + 8) / p.group};
+        mask_tile(s, keys + stage * C::kBlockN, position, p.window, lane);
+      }
+      float rescale[2];
+      const bool grew = softmax[h].update(s, rule.factor, rescale);
+      if constexpr (kHalves == 1) {
+        wgmma_wait<0>();  // the P V under way writes this very O, and reads the P that is replaced next
+        wgmma_touch(o[h]);
+      }
+      if (grew) scale_rows(o[h], rescale);
+      round_probabilities<T>(prob[h], s);
+      if constexpr (kHalves == 2) {
+        wgmma_wait<0>();
+        wgmma_touch(o[1 - h]);
+      }
+    };
+
+    wgmma_fence();
+    issue_qk<T, C>(s, smem, warpgroup * kHalves, ring.stage);
+    wgmma_commit();
+    wgmma_wait<0>();
+    wgmma_touch(s);
+    softmax_step(0, tile, ring.stage);
+
+    int32_t finished = -1;  // the stage whose last P V is under way
+    while (true) {
+      if constexpr (kHalves == 2) {
+        wgmma_fence();
+        issue_qk<T, C>(s, smem, warpgroup * 2 + 1, ring.stage);
+        wgmma_commit();
+        issue_pv<T, C>(o[0], prob[0], smem, ring.stage);
+        wgmma_commit();
+        wgmma_wait<1>();
+        wgmma_touch(s);
+        if (finished >= 0) arrive(smem.empty(finished));
+        if (tile & kLast) arrive(smem.q_empty());
+        softmax_step(1, tile, ring.stage);
+      } else {
+        if (tile & kLast) arrive(smem.q_empty());
+      }
+      if (tile & kLast) break;
+      const int32_t stage = ring.stage;
+      ring.advance();
+      tile = await_tile(ring);
+      wgmma_fence();
+      issue_qk<T, C>(s, smem, warpgroup * kHalves, ring.stage);
+      wgmma_commit();
+      issue_pv<T, C>(o[kHalves - 1], prob[kHalves - 1], smem, stage);
+      wgmma_commit();
+      wgmma_wait<1>();
+      wgmma_touch(s);
+      softmax_step(0, tile, ring.stage);
+      if constexpr (kHalves == 1) arrive(smem.empty(stage));
+      finished = stage;
+    }
+    wgmma_fence();
+    issue_pv<T, C>(o[kHalves - 1], prob[kHalves - 1], smem, ring.stage);
+    wgmma_commit();
+    wgmma_wait<0>();
+#pragma unroll
+    for (int32_t h = 0; h < kHalves; ++h) wgmma_touch(o[h]);
+    arrive(smem.empty(ring.stage));
+    ring.advance();
+
+#pragma unroll
+    for (int32_t h = 0; h < kHalves; ++h) {
+      const int32_t row = (warpgroup * kHalves + h) * 64 + warp * 16 + lane / 4;
+      store_rows<T, C::kHeadDim>(p, item, tile & kPartial, row, o[h], softmax[h], rule.factor, lane);
+    }
+  }
+}
+
+// --- Kernel and launcher ---------------------------------------------------------------------------------------------
+
+template <class T, class C>
+__global__ void __launch_bounds__(C::kThreads, 1) attention_kernel(const __grid_constant__ AttentionParams p) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  extern __shared__ uint8_t unaligned[];
+  uint8_t* const smem_bytes = unaligned + ((1024 - (smem_address(unaligned) & 1023)) & 1023);
+  const Smem<C> smem(smem_address(smem_bytes));
+  if (threadIdx.x == 0) {
+    for (int32_t stage = 0; stage < C::kStages; ++stage) {
+      barrier_init(smem.full(stage), 32 * C::kProducerWarps + 1);
+      barrier_init(smem.empty(stage), 4 * C::kConsumers);
+    }
+    barrier_init(smem.q_full(), 32 * C::kProducerWarps);
+    barrier_init(smem.q_empty(), 4 * C::kConsumers);
+  }
+  __syncthreads();
+  const int32_t warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0);
+  if (warpgroup == 0) {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(C::kProducerRegisters));
+    produce<T, C>(p, smem, smem_bytes);
+  } else {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(C::kConsumerRegisters));
+    consume<T, C>(p, smem, smem_bytes, warpgroup - 1);
+  }
+#endif
+}
+
+template <class T, class C>
+cudaError_t launch(AttentionParams& p, cudaStream_t stream) {
+  p.block_rows = C::kBlockM;
+  p.block_tiles = (p.q_block * p.group + C::kBlockM - 1) / C::kBlockM;
+  int device = 0, multiprocessors = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess) {
+    error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+  }
+  const auto kernel = attention_kernel<T, C>;
+  if (error == cudaSuccess) {
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, C::kSmemBytes);
+  }
+  if (error != cudaSuccess) return error;
+  const int64_t items = num_items(p);
+  if (items > (1 << 30)) return cudaErrorInvalidValue;
+  const int64_t blocks = items < multiprocessors ? items : multiprocessors;
+  kernel<<<unsigned(blocks), C::kThreads, C::kSmemBytes, stream>>>(p);
+  return cudaGetLastError();
+}
+
+}  // namespace dhsa::cuda::sm90
