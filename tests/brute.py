@@ -212,7 +212,7 @@ def refine_keys(q, k, scores, row_lse, offsets, num_chunks, q_block, budget, ref
     lists = scores.shape[1]
     scale = dim**-0.5 if scale is None else scale
     tokens = token_scores(scores, offsets, num_chunks, k_len)
-    q_pooled, k_reduced = query_pool(q, lists, q_block, "mean"), reduce_heads(k, lists)
+    q_pooled, k_reduced = query_pool(q, lists, q_block, "sum"), reduce_heads(k, lists)
     kept = {}
     for b, s in np.ndindex(batch, lists):
         sharing = range(s * (heads // lists), (s + 1) * (heads // lists))
