@@ -54,8 +54,10 @@ class Check {
     if (value < low) fail(argument, "an integer >= " + to_text(low), to_text(value));
   }
 
-  void softcap(float value) const {
-    if (!(value >= 0.0f)) fail("softcap", "a number >= 0", std::to_string(value));
+  void softmax(const Softmax& s) const {
+    if (!(s.softcap >= 0.0f)) fail("softcap", "a number >= 0", std::to_string(s.softcap));
+    if (std::isnan(s.scale)) fail("scale", "a number", "nan");
+    window(s.window);
   }
 
   // A contiguous tensor of this shape (kAny fits any size) and type.
@@ -91,7 +93,7 @@ class Check {
     for (int32_t i = 0; i < 3; ++i) {
       if (t.shape[i] > 1 && t.stride[i] * element_size(t.dtype) % kAlignment != 0) {
         fail(argument, "strides that are multiples of 16 bytes",
-             "strides " + to_text(t.stride, t.ndim) + " of " + to_text(element_size(t.dtype)) + "-byte elements");
+             to_text(t.stride[i]) + " elements in dimension " + to_text(i));
       }
     }
     aligned(argument, t, kAlignment);
@@ -172,7 +174,8 @@ class Check {
     const int64_t rest = static_cast<int64_t>(reinterpret_cast<uintptr_t>(t.data) % static_cast<uintptr_t>(bytes));
     if (t.data == nullptr) fail(argument, "data", "none");
     if (rest != 0) {
-      fail(argument, "data aligned to " + to_text(bytes) + " bytes", "an address " + to_text(rest) + " bytes past");
+      fail(argument, "a data pointer that is a multiple of " + to_text(bytes) + " bytes",
+           to_text(rest) + " bytes past");
     }
   }
 
@@ -284,8 +287,7 @@ void check(const ChunkMass& p) {
   check.at_least("k_len", 0, p.seqlen_k);
   check.at_least("q_block", 1, p.q_block);
   check.at_least("q_stride", 1, p.q_stride);
-  check.window(p.softmax.window);
-  check.softcap(p.softmax.softcap);
+  check.softmax(p.softmax);
 }
 
 void check(const RefineKeys& p) {
@@ -303,19 +305,18 @@ void check(const RefineKeys& p) {
   }
   check.chunks(p.q.shape[0], p.offsets, p.num_chunks, p.chunk_scores.shape[3]);
   check.choice(p.choice, p.q.shape[2], p.q_block);
-  check.softcap(p.softmax.softcap);
+  check.softmax(p.softmax);
 }
 
 void check(const SparseAttention& p) {
   const Check check("sparse_attention");
   check.qkv(p.q, p.k, &p.v);
   check.at_least("q_block", 1, p.q_block);
-  check.window(p.softmax.window);
   check.like("runs", p.runs, {p.q.shape[0], kAny, kAny, kAny, 2}, DType::kInt32);
   check.lists("runs", p.runs.shape[1], p.q.shape[1], p.k.shape[1]);
   check.blocks("runs", p.runs.shape[2], p.q.shape[2], p.q_block);
   check.like("num_runs", p.num_runs, {p.runs.shape[0], p.runs.shape[1], p.runs.shape[2]}, DType::kInt32);
-  check.softcap(p.softmax.softcap);
+  check.softmax(p.softmax);
 }
 
 void check(const SparsePrefill& p) {
@@ -335,7 +336,7 @@ void check(const SparsePrefill& p) {
   }
   if (p.offsets.given()) check.chunks(p.q.shape[0], p.offsets, p.num_chunks, kAny);
   check.choice(clamped(p.choice, p.k.shape[2]), p.q.shape[2], p.q_block);
-  check.softcap(p.softmax.softcap);
+  check.softmax(p.softmax);
 }
 
 void check(const SparseDecode& p) {
@@ -348,7 +349,7 @@ void check(const SparseDecode& p) {
   check.at_least("min_chunk", 1, p.choice.min_chunk);
   check.at_least("refine", 0, p.refine);
   check.choice(clamped(p.choice, p.k.shape[2]), p.q.shape[2], 1);
-  check.softcap(p.softmax.softcap);
+  check.softmax(p.softmax);
 }
 
 }  // namespace dhsa
