@@ -32,7 +32,8 @@ class NativeBuild(build_ext):
         plan = dhsa_machine.native_plan()
         cmake, ninja = dhsa_machine.find_cmake(), dhsa_machine.find_ninja()
         if cmake is None or ninja is None:
-            raise dhsa_machine.BuildError("cmake 3.22 or later and ninja are needed: pip install cmake ninja.")
+            missing = " ".join(f"'{tool}'" for tool in dhsa_machine.missing_tools())
+            raise dhsa_machine.BuildError(f"the native library needs more tools: pip install {missing}.")
         cuda = f"CUDA {';'.join(plan.cuda_archs)} by {plan.nvcc}" if plan.cuda_archs else "no CUDA"
         print(f"dhsa_ext: native library for torch {plan.torch.version} in {plan.torch.path}, {cuda}", flush=True)
 

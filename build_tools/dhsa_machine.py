@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 TORCH_FLOOR = (2, 10)  # the first LibTorch whose stable ABI has all that csrc/torch uses
-CMAKE_FLOOR = (3, 22)
+CMAKE_FLOOR = (3, 24)  # csrc/cuda
 BUILD_CHOICES = ("auto", "cpu", "cuda", "none")
 DEFAULT_CUDA = Path("/usr/local/cuda")  # where NVIDIA's installers put the toolkit, often without a word on PATH
 

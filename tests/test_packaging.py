@@ -164,9 +164,9 @@ def test_no_torch_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
     ("cmake", "ninja", "missing"),
     [
         ("echo cmake version 3.25.1", "echo 1.11.1", []),
-        ("echo cmake version 3.18.4", "echo 1.11.1", ["cmake>=3.22"]),
-        ("echo ModuleNotFoundError >&2; exit 1", "exit 127", ["cmake>=3.22", "ninja"]),
-        (None, None, ["cmake>=3.22", "ninja"]),
+        ("echo cmake version 3.18.4", "echo 1.11.1", ["cmake>=3.24"]),
+        ("echo ModuleNotFoundError >&2; exit 1", "exit 127", ["cmake>=3.24", "ninja"]),
+        (None, None, ["cmake>=3.24", "ninja"]),
     ],
 )
 def test_only_tools_that_do_not_work_are_asked_for(
