@@ -6,8 +6,8 @@
 //   dot[t] = s[t - window].s[t],   left[t] = |s[t - window]|^2,   right[t] = |s[t]|^2 = left[t + window].
 // 28 + window = 32 norms: one lane each after the reduction. Windows are summed afresh for every token, never updated
 // by subtraction: a NaN or a huge key reaches only the 2 * window - 1 scores that contain it.
-#include "cuda/device/load.cuh"
-#include "cuda/device/scan.cuh"
+#include "cuda/device/load.h"
+#include "cuda/device/scan.h"
 #include "cuda/dispatch.h"
 #include "cuda/launch.h"
 

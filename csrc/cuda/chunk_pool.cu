@@ -3,8 +3,8 @@
 // float32 sums in a fixed order, the head mean fused: x is read once, nothing is expanded.
 #include <algorithm>
 
-#include "cuda/device/chunks.cuh"
-#include "cuda/device/pool_rows.cuh"
+#include "cuda/device/chunks.h"
+#include "cuda/device/pool_rows.h"
 #include "cuda/dispatch.h"
 #include "cuda/launch.h"
 

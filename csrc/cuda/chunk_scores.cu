@@ -6,7 +6,8 @@
 // two shared buffers, one loading while the other is multiplied.
 #include <algorithm>
 
-#include "cuda/device/chunks.cuh"
+#include "cuda/device/chunks.h"
+#include "cuda/device/cp_async.h"
 #include "cuda/dispatch.h"
 #include "cuda/launch.h"
 #include "cuda/router.h"
@@ -32,12 +33,6 @@ struct Tiles {
   float q[2][kBlockM][kStride], k[2][kBlockN][kStride];
 };
 
-// Copies 16 bytes, or zeros where `valid` is false.
-__device__ inline void copy16(float* shared, const float* global, bool valid) {
-  const unsigned to = static_cast<unsigned>(__cvta_generic_to_shared(shared));
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(global), "r"(valid ? 16 : 0));
-}
-
 // Rows [0, rows) of src and columns [column, column + 32) of head_dim.
 template <int kRows>
 __device__ inline void copy_tile(float (*to)[kStride], const float* src, int rows, int head_dim, int column) {
@@ -46,7 +41,8 @@ __device__ inline void copy_tile(float (*to)[kStride], const float* src, int row
   for (int i = threadIdx.x; i < kRows * kPieces; i += kThreads) {
     const int row = i / kPieces, x = i % kPieces * 4;
     const bool valid = row < rows && column + x < head_dim;
-    copy16(&to[row][x], valid ? src + static_cast<int64_t>(row) * head_dim + column + x : src, valid);
+    cp_async_16(smem_address(&to[row][x]), valid ? src + static_cast<int64_t>(row) * head_dim + column + x : src,
+                valid);
   }
 }
 
@@ -127,7 +123,7 @@ __global__ void __launch_bounds__(kThreads) chunk_scores_kernel(Params p) {
   const auto load = [&](int step) {
     copy_tile<kBlockM>(tiles.q[step % 2], q, rows, p.head_dim, step * kBlockK);
     copy_tile<kBlockN>(tiles.k[step % 2], k, chunks, p.head_dim, step * kBlockK);
-    asm volatile("cp.async.commit_group;");
+    cp_async_commit();
   };
   const int warp_m = warp_id() / kWarpsN * kWarpM, warp_n = warp_id() % kWarpsN * kWarpN;
   float acc[2][4][4] = {};
@@ -136,9 +132,9 @@ __global__ void __launch_bounds__(kThreads) chunk_scores_kernel(Params p) {
   for (int step = 0; step < steps; ++step) {
     if (step + 1 < steps) {
       load(step + 1);
-      asm volatile("cp.async.wait_group 1;");
+      cp_async_wait<1>();
     } else {
-      asm volatile("cp.async.wait_group 0;");
+      cp_async_wait<0>();
     }
     __syncthreads();
     multiply(tiles.q[step % 2] + warp_m, tiles.k[step % 2] + warp_n, acc);

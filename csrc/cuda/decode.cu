@@ -11,8 +11,8 @@
 // 0, lse -inf.
 #include <algorithm>
 
-#include "cuda/device/load.cuh"
-#include "cuda/device/scan.cuh"
+#include "cuda/device/load.h"
+#include "cuda/device/scan.h"
 #include "cuda/dispatch.h"
 #include "cuda/launch.h"
 #include "cuda/router.h"

@@ -5,8 +5,8 @@
 // workspace (and stay in L2 between the two launches), and keeps only the runs.
 #include <algorithm>
 
-#include "cuda/device/candidates.cuh"
-#include "cuda/device/pool_rows.cuh"
+#include "cuda/device/candidates.h"
+#include "cuda/device/pool_rows.h"
 #include "cuda/dispatch.h"
 #include "cuda/launch.h"
 #include "cuda/router.h"

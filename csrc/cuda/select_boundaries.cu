@@ -11,9 +11,9 @@
 // tile and L2 between tiles, about 60 cycles a cut, 14,563 cuts at 128K. docs/router_cuda.md has the argument.
 #include <algorithm>
 
-#include "cuda/device/order.cuh"
-#include "cuda/device/radix_select.cuh"
-#include "cuda/device/scan.cuh"
+#include "cuda/device/order.h"
+#include "cuda/device/radix_select.h"
+#include "cuda/device/scan.h"
 #include "cuda/dispatch.h"
 #include "cuda/launch.h"
 

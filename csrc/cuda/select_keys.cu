@@ -1,15 +1,15 @@
 // Stage 6: for each (batch, selection head, query block), the kept keys as half-open, rising, disjoint, merged runs.
 // One thread block a list. Tokens inherit their chunk's score, so the cut-off is a weighted selection over chunks, the
-// weight being the tokens that a chunk adds to the forced ones (device/radix_select.cuh); no sort, no token scores.
+// weight being the tokens that a chunk adds to the forced ones (device/radix_select.h); no sort, no token scores.
 //
 // Runs come out of one walk over the chunks in order of position. Where "kept" turns on or off is an event: events
 // alternate start, end, start, end, so event number e of the list is simply entry e of the flattened [R, 2] output, and
 // numbering them is one prefix sum a tile.
 #include <algorithm>
 
-#include "cuda/device/candidates.cuh"
-#include "cuda/device/order.cuh"
-#include "cuda/device/radix_select.cuh"
+#include "cuda/device/candidates.h"
+#include "cuda/device/order.h"
+#include "cuda/device/radix_select.h"
 #include "cuda/dispatch.h"
 #include "cuda/launch.h"
 #include "cuda/router.h"

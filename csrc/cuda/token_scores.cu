@@ -2,7 +2,7 @@
 // operator and the definition of stage 6; sparse_prefill and sparse_decode never materialise it.
 #include <algorithm>
 
-#include "cuda/device/chunks.cuh"
+#include "cuda/device/chunks.h"
 #include "cuda/dispatch.h"
 #include "cuda/launch.h"
 

@@ -3,8 +3,8 @@
 
 #include <cstdint>
 
-#include "cuda/device/load.cuh"
-#include "cuda/device/scan.cuh"
+#include "cuda/device/load.h"
+#include "cuda/device/scan.h"
 
 namespace dhsa::cuda {
 

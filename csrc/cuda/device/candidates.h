@@ -1,7 +1,7 @@
 // The candidates of one query block, and which of them are forced: the arithmetic of stage 6 before any score.
 #pragma once
 
-#include "cuda/device/chunks.cuh"
+#include "cuda/device/chunks.h"
 
 namespace dhsa::cuda {
 

@@ -5,7 +5,7 @@
 
 #include <cstdint>
 
-#include "cuda/device/scan.cuh"
+#include "cuda/device/scan.h"
 
 namespace dhsa::cuda {
 

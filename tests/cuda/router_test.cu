@@ -1,0 +1,725 @@
+// The CUDA router against host references: boundaries, pooling, chunk scores, selection, sparse_prefill, sparse_decode.
+// Fresh random inputs, poisoned outputs, integer stages bit for bit. `router_test` runs the checks, `router_test time`
+// prints a table of times, `router_test small` is the subset for compute-sanitizer.
+#include "router_reference.h"
+
+namespace dhsa::test {
+namespace {
+
+bool small_run = false;
+
+const char* name(DType dtype) {
+  return dtype == DType::kFloat32 ? "float32" : dtype == DType::kFloat16 ? "float16" : "bfloat16";
+}
+constexpr DType kTypes[] = {DType::kFloat32, DType::kFloat16, DType::kBFloat16};
+constexpr Layout kLayouts[] = {Layout::kHeadsFirst, Layout::kTokensFirst};
+
+// --- Boundaries ------------------------------------------------------------------------------------------------------
+
+void test_boundary_scores() {
+  struct Case {
+    int64_t batch, heads, length, dim, window;
+  };
+  const Case cases[] = {{2, 2, 300, 64, 4}, {1, 8, 513, 128, 4}, {1, 3, 200, 96, 4},  {1, 2, 130, 256, 4},
+                        {1, 2, 7, 64, 4},   {1, 1, 8, 64, 4},    {1, 1, 1, 64, 4},    {2, 2, 150, 64, 1},
+                        {1, 2, 150, 96, 7}, {1, 1, 90, 64, 33},  {1, 20, 100, 64, 4}, {1, 1, 40, 64, 100}};
+  for (const Case& c : cases)
+    for (DType dtype : kTypes)
+      for (Layout layout : kLayouts) {
+        const Input k(c.batch, c.heads, c.length, c.dim, dtype, layout);
+        Array<float> scores(c.batch, c.length);
+        BoundaryScores stage;
+        stage.k = k.view, stage.window = c.window, stage.scores = scores.view;
+        const std::string what = std::string("boundary_scores ") + name(dtype) + " D" + std::to_string(c.dim) + " Lk" +
+                                 std::to_string(c.length) + " w" + std::to_string(c.window);
+        run_stage(stage, what);
+        expect_scores(scores.get(), boundary_scores(k, c.window), what);
+        expect(scores.buffer.guard_intact(), what + ": guard");
+      }
+}
+
+void check_select_boundaries(const std::vector<float>& host, int64_t batch, int64_t max_chunks, int64_t radius,
+                             float threshold, int64_t segment, const std::string& what) {
+  const int64_t seqlen_k = static_cast<int64_t>(host.size()) / batch;
+  const int64_t capacity = chunk_capacity(seqlen_k, max_chunks, segment);
+  Array<float> scores(batch, seqlen_k);
+  scores.set(host);
+  Array<int> offsets(batch, capacity + 1), num_chunks(batch);
+  SelectBoundaries stage;
+  stage.scores = scores.view, stage.max_chunks = max_chunks, stage.nms_radius = radius, stage.threshold = threshold;
+  stage.segment = segment, stage.offsets = offsets.view, stage.num_chunks = num_chunks.view;
+  run_stage(stage, what);
+  std::vector<int> want_offsets, want_count;
+  select_boundaries(host, batch, seqlen_k, max_chunks, radius, threshold, segment, capacity, &want_offsets,
+                    &want_count);
+  expect_equal(num_chunks.get(), want_count, what + ": num_chunks");
+  expect_equal(offsets.get(), want_offsets, what + ": offsets");
+  expect(offsets.buffer.guard_intact() && num_chunks.buffer.guard_intact(), what + ": guard");
+}
+
+enum class Pattern { kRandom, kTies, kConstant, kRising, kFalling, kZigzag, kSpecial };
+constexpr const char* kPatternNames[] = {"random", "ties", "constant", "rising", "falling", "zigzag", "special"};
+
+std::vector<float> make_scores(int64_t n, Pattern pattern) {
+  std::vector<float> scores(n);
+  const float specials[] = {INFINITY, -INFINITY, NAN, 0.0f, -0.0f, 1.0f, -1.0f, 3e38f, 1e-40f};
+  for (int64_t i = 0; i < n; ++i) {
+    switch (pattern) {
+      case Pattern::kRandom:
+        scores[i] = random_normal();
+        break;
+      case Pattern::kTies:
+        scores[i] = static_cast<float>(random_int(0, 3));
+        break;
+      case Pattern::kConstant:
+        scores[i] = 0.25f;
+        break;
+      case Pattern::kRising:
+        scores[i] = static_cast<float>(i);
+        break;
+      case Pattern::kFalling:
+        scores[i] = static_cast<float>(n - i);
+        break;
+      case Pattern::kZigzag:
+        scores[i] = static_cast<float>(std::abs(i % 4001 - 2000)) + (i % 2) * 0.5f;
+        break;
+      case Pattern::kSpecial:
+        scores[i] = specials[random_int(0, 8)];
+        break;
+    }
+  }
+  return scores;
+}
+
+void test_select_boundaries() {
+  const std::vector<int64_t> lengths = small_run ? std::vector<int64_t>{0, 1, 33, 700}
+                                                 : std::vector<int64_t>{0, 1, 7, 17, 33, 64, 500, 2048, 2049, 10007};
+  for (int64_t length : lengths)
+    for (int pattern = 0; pattern < 7; ++pattern)
+      for (int64_t radius : {0, 1, 8, 31, 32, 63, 100, 200, 300}) {
+        if (small_run && radius != 8 && radius != 63 && radius != 300) continue;
+        const int64_t batch = random_int(1, 3);
+        const int64_t segments[] = {0, 0, 100, std::max<int64_t>(length / 3, 1), 2 * length + 1};
+        const int64_t segment = segments[random_int(0, 4)];
+        const int64_t base = segment > 0 ? segment : length;
+        const int64_t quotas[] = {1, 2, std::max<int64_t>(base / 16, 1), std::max<int64_t>(base, 1), base + 5};
+        const int64_t quota = quotas[random_int(0, 4)];
+        const float thresholds[] = {-INFINITY, -INFINITY, 0.0f, 0.5f, 1e9f};
+        const float threshold = thresholds[random_int(0, 4)];
+        check_select_boundaries(
+            make_scores(batch * length, static_cast<Pattern>(pattern)), batch, quota, radius, threshold, segment,
+            std::string("select_boundaries ") + kPatternNames[pattern] + " Lk" + std::to_string(length) + " r" +
+                std::to_string(radius) + " segment" + std::to_string(segment) + " quota" + std::to_string(quota));
+      }
+  if (small_run) return;
+  constexpr int64_t kLong = 131072;
+  for (int pattern = 0; pattern < 7; ++pattern) {
+    check_select_boundaries(make_scores(kLong, static_cast<Pattern>(pattern)), 1, kLong / 16, 8, -INFINITY, 0,
+                            std::string("select_boundaries 128K ") + kPatternNames[pattern]);
+  }
+  check_select_boundaries(make_scores(24 * kLong, Pattern::kConstant), 24, kLong / 16, 8, -INFINITY, 0,
+                          "select_boundaries 24 rows of 128K: more tiles than fit");
+  check_select_boundaries(make_scores(kLong, Pattern::kRandom), 1, 512, 8, -INFINITY, 8192,
+                          "select_boundaries 128K segment 8192");
+}
+
+// --- Pooling and chunk scores ----------------------------------------------------------------------------------------
+
+void test_pooling() {
+  struct Case {
+    int64_t batch, heads, length, dim, selection_heads, longest;
+  };
+  const Case cases[] = {{2, 4, 333, 64, 1, 30},   {1, 8, 700, 128, 8, 40},    {1, 2, 500, 96, 4, 20},
+                        {1, 2, 260, 256, 1, 300}, {1, 1, 1500, 128, 1, 1500}, {2, 6, 100, 64, 3, 1},
+                        {1, 32, 150, 128, 1, 64}};
+  for (const Case& c : cases)
+    for (DType dtype : kTypes)
+      for (Layout layout : kLayouts)
+        for (PoolScale scale : {PoolScale::kSqrt, PoolScale::kMean, PoolScale::kSum}) {
+          if (scale == PoolScale::kSum && dtype != DType::kFloat32) continue;
+          const Input x(c.batch, c.heads, c.length, c.dim, dtype, layout);
+          const int64_t capacity = c.longest == 1 ? c.length : c.length / 3;
+          std::vector<int> offsets, counts(c.batch);
+          for (int64_t b = 0; b < c.batch; ++b) {
+            const std::vector<int> row =
+                random_offsets(c.length - random_int(0, 5), c.length, capacity, c.longest, &counts[b]);
+            offsets.insert(offsets.end(), row.begin(), row.end());
+          }
+          Array<int> d_offsets(c.batch, capacity + 1), d_counts(c.batch);
+          d_offsets.set(offsets), d_counts.set(counts);
+          Array<float> pooled(c.batch, c.selection_heads, capacity, c.dim);
+          ChunkPool stage;
+          stage.x = x.view, stage.offsets = d_offsets.view, stage.num_chunks = d_counts.view;
+          stage.heads = c.selection_heads, stage.scale = scale, stage.pooled = pooled.view;
+          const std::string what = std::string(name(dtype)) + " D" + std::to_string(c.dim) + " S" +
+                                   std::to_string(c.selection_heads) + " L" + std::to_string(c.length);
+          run_stage(stage, "chunk_pool " + what);
+          expect_scores(pooled.get(), chunk_pool(x, offsets, counts, c.selection_heads, scale), "chunk_pool " + what);
+          expect(pooled.buffer.guard_intact(), "chunk_pool guard");
+
+          for (int64_t q_block : {16, 64, 128, 1}) {
+            const int64_t blocks = (c.length + q_block - 1) / q_block;
+            std::vector<int> even;
+            for (int64_t b = 0; b < c.batch; ++b)
+              for (int64_t i = 0; i <= blocks; ++i) even.push_back(static_cast<int>(std::min(i * q_block, c.length)));
+            Array<float> rows(c.batch, c.selection_heads, blocks, c.dim);
+            QueryPool query;
+            query.q = x.view, query.heads = c.selection_heads, query.q_block = q_block, query.scale = scale;
+            query.pooled = rows.view;
+            run_stage(query, "query_pool " + what);
+            expect_scores(
+                rows.get(),
+                chunk_pool(x, even, std::vector<int>(c.batch, static_cast<int>(blocks)), c.selection_heads, scale),
+                "query_pool " + what);
+          }
+        }
+}
+
+void test_chunk_scores() {
+  struct Case {
+    int64_t batch, heads, rows, columns, dim;
+  };
+  for (const Case& c : {Case{1, 1, 1, 1, 64}, Case{2, 3, 65, 129, 96}, Case{1, 2, 200, 333, 128},
+                        Case{1, 1, 64, 7, 256}, Case{1, 1, 130, 260, 8}}) {
+    std::vector<float> q(c.batch * c.heads * c.rows * c.dim), k(c.batch * c.heads * c.columns * c.dim);
+    for (float& x : q) x = random_normal();
+    for (float& x : k) x = random_normal();
+    k[0] = INFINITY;  // one chunk of one head: scores of +-inf, as in float32
+    Array<float> d_q(c.batch, c.heads, c.rows, c.dim), d_k(c.batch, c.heads, c.columns, c.dim);
+    d_q.set(q), d_k.set(k);
+    Array<float> scores(c.batch, c.heads, c.rows, c.columns);
+    ChunkScores stage;
+    stage.q_pooled = d_q.view, stage.k_pooled = d_k.view, stage.scores = scores.view;
+    const std::string what =
+        "chunk_scores " + std::to_string(c.rows) + "x" + std::to_string(c.columns) + " D" + std::to_string(c.dim);
+    run_stage(stage, what);
+    std::vector<double> ref;
+    for (int64_t z = 0; z < c.batch * c.heads; ++z)
+      for (int64_t i = 0; i < c.rows; ++i)
+        for (int64_t j = 0; j < c.columns; ++j) {
+          double dot = 0;
+          for (int64_t d = 0; d < c.dim; ++d) {
+            dot += static_cast<double>(q[(z * c.rows + i) * c.dim + d]) * k[(z * c.columns + j) * c.dim + d];
+          }
+          ref.push_back(dot);
+        }
+    expect_scores(scores.get(), ref, what);
+    expect(scores.buffer.guard_intact(), what + ": guard");
+  }
+}
+
+void test_token_scores() {
+  for (int64_t seqlen_k : {1, 300, 1000}) {
+    const int64_t batch = 2, heads = 3, blocks = 11, capacity = 40;
+    std::vector<int> offsets, counts(batch);
+    for (int64_t b = 0; b < batch; ++b) {
+      const std::vector<int> row = random_offsets(seqlen_k - seqlen_k / 7, seqlen_k, capacity, 50, &counts[b]);
+      offsets.insert(offsets.end(), row.begin(), row.end());
+    }
+    std::vector<float> scores(batch * heads * blocks * capacity), want;
+    for (float& x : scores) x = random_normal();
+    for (int64_t b = 0; b < batch; ++b)
+      for (int64_t i = 0; i < heads * blocks; ++i)
+        for (int64_t t = 0; t < seqlen_k; ++t) {
+          const int* o = offsets.data() + b * (capacity + 1);
+          const int64_t c = std::upper_bound(o, o + counts[b] + 1, t) - o - 1;
+          want.push_back(c < counts[b] ? scores[(b * heads * blocks + i) * capacity + c] : -INFINITY);
+        }
+    Array<float> d_scores(batch, heads, blocks, capacity), out(batch, heads, blocks, seqlen_k);
+    Array<int> d_offsets(batch, capacity + 1), d_counts(batch);
+    d_scores.set(scores), d_offsets.set(offsets), d_counts.set(counts);
+    TokenScores stage;
+    stage.chunk_scores = d_scores.view, stage.offsets = d_offsets.view, stage.num_chunks = d_counts.view;
+    stage.seqlen_k = seqlen_k, stage.scores = out.view;
+    run_stage(stage, "token_scores");
+    expect_equal(out.get(), want, "token_scores Lk" + std::to_string(seqlen_k));
+  }
+}
+
+// --- Selection -------------------------------------------------------------------------------------------------------
+
+struct Lists {
+  std::vector<int> runs, num_runs;
+};
+
+Lists select_keys_on_device(const std::vector<float>& scores, const std::vector<int>& offsets,
+                            const std::vector<int>& counts, int64_t batch, int64_t heads, int64_t blocks,
+                            int64_t seqlen_q, int64_t seqlen_k, int64_t q_block, const KeyChoice& choice, int64_t runs,
+                            const std::string& what) {
+  const int64_t capacity = static_cast<int64_t>(offsets.size()) / batch - 1;
+  Array<float> d_scores(batch, heads, blocks, capacity);
+  Array<int> d_offsets(batch, capacity + 1), d_counts(batch), d_runs(batch, heads, blocks, runs, 2),
+      d_num(batch, heads, blocks);
+  d_scores.set(scores), d_offsets.set(offsets), d_counts.set(counts);
+  SelectKeys stage;
+  stage.chunk_scores = d_scores.view, stage.offsets = d_offsets.view, stage.num_chunks = d_counts.view;
+  stage.seqlen_q = seqlen_q, stage.seqlen_k = seqlen_k, stage.q_block = q_block, stage.choice = choice;
+  stage.runs = d_runs.view, stage.num_runs = d_num.view;
+  run_stage(stage, what);
+  expect(d_runs.buffer.guard_intact() && d_num.buffer.guard_intact(), what + ": guard");
+  return {d_runs.get(), d_num.get()};
+}
+
+void test_select_keys() {
+  const int rounds = small_run ? 30 : 1500;
+  for (int round = 0; round < rounds; ++round) {
+    const int64_t batch = random_int(1, 2), heads = random_int(1, 3);
+    const int64_t q_blocks[] = {1, 16, 32, 64, 128}, q_block = q_blocks[random_int(0, 4)];
+    const int64_t seqlen_k = random_int(0, round % 10 == 0 ? 6000 : 700);
+    const int64_t seqlen_q = random_int(1, std::min<int64_t>(q_block * 12, 600));
+    const int64_t blocks = (seqlen_q + q_block - 1) / q_block, capacity = random_int(1, seqlen_k + 2);
+    KeyChoice choice;
+    choice.sink = random_int(0, 40), choice.local = random_int(0, 80);
+    choice.budget = choice.sink + choice.local + q_block + random_int(-1, 300);
+    choice.window = random_int(0, 3) == 0 ? random_int(1, seqlen_k + 10) : 0;
+    choice.dense_tail = random_int(0, 3) == 0 ? random_int(1, seqlen_q) : 0;
+    std::vector<int> offsets, counts(batch);
+    for (int64_t b = 0; b < batch; ++b) {
+      const int64_t end = random_int(0, 2) == 0 ? random_int(0, seqlen_k) : seqlen_k;
+      const std::vector<int> row = random_offsets(end, seqlen_k, capacity, random_int(1, 60), &counts[b]);
+      offsets.insert(offsets.end(), row.begin(), row.end());
+    }
+    const Pattern pattern = static_cast<Pattern>(random_int(0, 6));
+    const std::vector<float> scores = make_scores(batch * heads * blocks * capacity, pattern);
+    const bool overflow = random_int(0, 4) == 0;
+    const int64_t runs = overflow ? random_int(1, 6) : run_capacity(capacity, choice.budget, 1);
+    const std::string what = "select_keys round " + std::to_string(round) + " " +
+                             kPatternNames[static_cast<int>(pattern)] + (overflow ? " overflowing" : "");
+    const Lists lists = select_keys_on_device(scores, offsets, counts, batch, heads, blocks, seqlen_q, seqlen_k,
+                                              q_block, choice, runs, what);
+    std::vector<int> want_runs(lists.runs.size()), want_num;
+    for (int64_t b = 0; b < batch; ++b)
+      for (int64_t i = 0; i < heads * blocks; ++i) {
+        const int64_t row = b * heads * blocks + i;
+        const std::vector<int> keys = kept_keys(scores.data() + row * capacity, offsets.data() + b * (capacity + 1),
+                                                counts[b], seqlen_q, seqlen_k, q_block, i % blocks, choice);
+        want_num.push_back(write_runs(keys, runs, want_runs.data() + row * runs * 2));
+      }
+    expect_equal(lists.num_runs, want_num, what + ": num_runs");
+    expect_equal(lists.runs, want_runs, what + ": runs");
+  }
+}
+
+// Whatever offsets hold, every run lies in [0, Lk) and nothing else is touched.
+void test_malformed_offsets() {
+  for (int round = 0; round < (small_run ? 10 : 100); ++round) {
+    const int64_t seqlen_k = random_int(1, 500), seqlen_q = random_int(1, 300), blocks = (seqlen_q + 63) / 64;
+    const int64_t capacity = random_int(1, 100), runs = random_int(1, 60);
+    std::vector<int> offsets(capacity + 1), counts = {static_cast<int>(random_int(-5, 300))};
+    for (int& o : offsets) o = static_cast<int>(random_int(-1000, 2000));
+    KeyChoice choice;
+    choice.budget = 200, choice.sink = random_int(0, 16), choice.local = 64;
+    const Lists lists = select_keys_on_device(make_scores(blocks * capacity, Pattern::kRandom), offsets, counts, 1, 1,
+                                              blocks, seqlen_q, seqlen_k, 64, choice, runs, "malformed offsets");
+    bool safe = true;
+    for (int x : lists.runs) safe &= x >= 0 && x <= seqlen_k;
+    for (int n : lists.num_runs) safe &= n >= 0 && n <= runs;
+    expect(safe, "malformed offsets, round " + std::to_string(round));
+  }
+}
+
+// --- The whole -------------------------------------------------------------------------------------------------------
+
+struct Prefill {
+  Input q, k, v;
+  Array<float> lse;
+  Buffer out;
+  SparsePrefill stage;
+
+  Prefill(int64_t batch, int64_t heads, int64_t heads_kv, int64_t seqlen_q, int64_t seqlen_k, int64_t dim, DType dtype,
+          Layout layout, bool keep_host = false)
+      : q(batch, heads, seqlen_q, dim, dtype, layout, keep_host),
+        k(batch, heads_kv, seqlen_k, dim, dtype, layout, keep_host),
+        v(batch, heads_kv, seqlen_k, dim, dtype, layout, keep_host),
+        lse(batch, heads, seqlen_q),
+        out(batch * heads * seqlen_q * dim * element_size(dtype)) {
+    stage.q = q.view, stage.k = k.view, stage.v = v.view;
+    stage.out = cuda::contiguous(out.data(), dtype, batch, heads, seqlen_q, dim), stage.lse = lse.view;
+    stage.max_chunks = std::max<int64_t>(seqlen_k / 16, 1), stage.threshold = -INFINITY;
+    stage.softmax.scale = 1.0f / std::sqrt(static_cast<float>(dim));
+  }
+};
+
+// Stages 1 to 6 by their public functions.
+struct Staged {
+  Array<float> boundary, k_pooled, q_pooled, scores;
+  Array<int> offsets, num_chunks, runs, num_runs;
+
+  static int64_t capacity(const SparsePrefill& x) { return chunk_capacity(x.k.shape[2], x.max_chunks, x.segment); }
+  static int64_t run_count(const SparsePrefill& x) {
+    return run_capacity(capacity(x), x.choice.budget, x.segment == 0 ? x.nms_radius + 1 : 1);
+  }
+  explicit Staged(const SparsePrefill& x)
+      : boundary(x.k.shape[0], x.k.shape[2]),
+        k_pooled(x.k.shape[0], x.select_heads, capacity(x), x.k.shape[3]),
+        q_pooled(x.k.shape[0], x.select_heads, cuda::ceil_div(x.q.shape[2], x.q_block), x.k.shape[3]),
+        scores(x.k.shape[0], x.select_heads, cuda::ceil_div(x.q.shape[2], x.q_block), capacity(x)),
+        offsets(x.k.shape[0], capacity(x) + 1),
+        num_chunks(x.k.shape[0]),
+        runs(x.k.shape[0], x.select_heads, cuda::ceil_div(x.q.shape[2], x.q_block), run_count(x), 2),
+        num_runs(x.k.shape[0], x.select_heads, cuda::ceil_div(x.q.shape[2], x.q_block)) {
+    BoundaryScores s1;
+    s1.k = x.k, s1.window = x.boundary_window, s1.scores = boundary.view;
+    run_stage(s1, "staged boundary_scores");
+    SelectBoundaries s2;
+    s2.scores = boundary.view, s2.max_chunks = x.max_chunks, s2.nms_radius = x.nms_radius, s2.threshold = x.threshold;
+    s2.segment = x.segment, s2.offsets = offsets.view, s2.num_chunks = num_chunks.view;
+    run_stage(s2, "staged select_boundaries");
+    ChunkPool s3;
+    s3.x = x.k, s3.offsets = offsets.view, s3.num_chunks = num_chunks.view, s3.heads = x.select_heads;
+    s3.scale = x.pool, s3.pooled = k_pooled.view;
+    run_stage(s3, "staged chunk_pool");
+    QueryPool s3q;
+    s3q.q = x.q, s3q.heads = x.select_heads, s3q.q_block = x.q_block, s3q.scale = x.pool, s3q.pooled = q_pooled.view;
+    run_stage(s3q, "staged query_pool");
+    ChunkScores s4;
+    s4.q_pooled = q_pooled.view, s4.k_pooled = k_pooled.view, s4.scores = scores.view;
+    run_stage(s4, "staged chunk_scores");
+    SelectKeys s6;
+    s6.chunk_scores = scores.view, s6.offsets = offsets.view, s6.num_chunks = num_chunks.view;
+    s6.seqlen_q = x.q.shape[2], s6.seqlen_k = x.k.shape[2], s6.q_block = x.q_block, s6.choice = x.choice;
+    s6.runs = runs.view, s6.num_runs = num_runs.view;
+    run_stage(s6, "staged select_keys");
+  }
+};
+
+std::vector<uint16_t> attention_of(const SparsePrefill& x, const Tensor& runs, const Tensor& num_runs, Buffer& out) {
+  SparseAttention stage;
+  stage.q = x.q, stage.k = x.k, stage.v = x.v, stage.runs = runs, stage.num_runs = num_runs, stage.q_block = x.q_block;
+  stage.softmax = x.softmax, stage.out = x.out, stage.lse = x.lse;
+  out.poison();
+  run_stage(stage, "staged sparse_attention");
+  return out.download<uint16_t>();
+}
+
+double relative_error(const std::vector<uint16_t>& x, const std::vector<uint16_t>& ref) {
+  double error = 0, norm = 0;
+  for (size_t i = 0; i < ref.size(); ++i) {
+    const auto value = [](uint16_t bits) {
+      const uint32_t wide = static_cast<uint32_t>(bits) << 16;
+      float f;
+      std::memcpy(&f, &wide, 4);
+      return static_cast<double>(f);
+    };
+    const double difference = value(x[i]) - value(ref[i]);
+    error += difference * difference, norm += value(ref[i]) * value(ref[i]);
+  }
+  return norm == 0 ? error : std::sqrt(error / norm);
+}
+
+// In one call and stage by stage: the same kernels on the same numbers, so the same bits.
+void test_prefill_equals_its_stages() {
+  struct Case {
+    int64_t batch, heads, heads_kv, seqlen_q, seqlen_k, dim, selection_heads, q_block, window, segment, dense_tail;
+  };
+  const Case cases[] = {{1, 8, 2, 1500, 1500, 128, 1, 128, 0, 0, 0},  {2, 4, 2, 700, 900, 64, 2, 64, 0, 0, 64},
+                        {1, 4, 1, 333, 2000, 96, 4, 16, 700, 0, 0},   {1, 4, 2, 600, 600, 256, 2, 32, 0, 200, 0},
+                        {1, 32, 8, 9000, 9000, 128, 8, 64, 0, 0, 64}, {1, 4, 4, 300, 100, 64, 1, 64, 0, 0, 0}};
+  for (const Case& c : cases) {
+    if (small_run && c.seqlen_k > 1000) continue;
+    for (Layout layout : kLayouts) {
+      Prefill x(c.batch, c.heads, c.heads_kv, c.seqlen_q, c.seqlen_k, c.dim, DType::kBFloat16, layout);
+      x.stage.select_heads = c.selection_heads, x.stage.q_block = c.q_block, x.stage.segment = c.segment;
+      if (c.segment > 0) x.stage.max_chunks = c.segment / 16;
+      x.stage.choice.budget = 400, x.stage.choice.window = x.stage.softmax.window = c.window;
+      x.stage.choice.dense_tail = c.dense_tail;
+      x.stage.choice.sink = std::min<int64_t>(16, c.seqlen_k), x.stage.choice.local = std::min<int64_t>(64, c.seqlen_k);
+      const std::string what = "sparse_prefill Lk" + std::to_string(c.seqlen_k) + " S" +
+                               std::to_string(c.selection_heads) + " q_block" + std::to_string(c.q_block);
+      run_stage(x.stage, what);
+      const std::vector<uint16_t> fused = x.out.download<uint16_t>();
+      const Staged staged(x.stage);
+      expect(fused == attention_of(x.stage, staged.runs.view, staged.num_runs.view, x.out), what + ": bits");
+
+      SparsePrefill given = x.stage;  // the same boundaries, given
+      given.offsets = staged.offsets.view, given.num_chunks = staged.num_chunks.view;
+      x.out.poison();
+      run_stage(given, what + " with offsets");
+      expect(relative_error(x.out.download<uint16_t>(), fused) < 1e-2, what + ": given offsets");
+    }
+  }
+}
+
+// strict: each block's selection over chunks of which the one that holds p1 ends at p1 + 1.
+void test_strict() {
+  Prefill x(1, 4, 2, 600, 600, 64, DType::kBFloat16, Layout::kTokensFirst);
+  SparsePrefill& s = x.stage;
+  s.select_heads = 2, s.q_block = 32, s.choice.budget = 160, s.choice.sink = 8, s.choice.local = 16, s.strict = true;
+  run_stage(s, "strict");
+  const std::vector<uint16_t> fused = x.out.download<uint16_t>();
+  const Staged staged(s);
+  const std::vector<int> offsets = staged.offsets.get(), count = staged.num_chunks.get();
+  const int64_t blocks = 19, capacity = Staged::capacity(s);
+  std::vector<float> scores(2 * blocks * capacity);
+  for (int64_t block = 0; block < blocks; ++block) {
+    const int end = static_cast<int>(std::min<int64_t>((block + 1) * 32, 600));
+    std::vector<int> cut = offsets;
+    for (int& o : cut) o = std::min(o, end);
+    Array<int> d_cut(1, capacity + 1);
+    d_cut.set(cut);
+    Array<float> pooled(1, 2, capacity, 64), row(1, 2, blocks, capacity);
+    ChunkPool pool;
+    pool.x = s.k, pool.offsets = d_cut.view, pool.num_chunks = staged.num_chunks.view, pool.heads = 2;
+    pool.scale = s.pool, pool.pooled = pooled.view;
+    run_stage(pool, "strict chunk_pool");
+    ChunkScores dot;
+    dot.q_pooled = staged.q_pooled.view, dot.k_pooled = pooled.view, dot.scores = row.view;
+    run_stage(dot, "strict chunk_scores");
+    const std::vector<float> host = row.get();
+    for (int64_t h = 0; h < 2; ++h) {
+      std::copy_n(host.begin() + (h * blocks + block) * capacity, capacity,
+                  scores.begin() + (h * blocks + block) * capacity);
+    }
+  }
+  const int64_t runs = Staged::run_count(s);
+  const Lists lists =
+      select_keys_on_device(scores, offsets, count, 1, 2, blocks, 600, 600, 32, s.choice, runs, "strict");
+  Array<int> d_runs(1, 2, blocks, runs, 2), d_num(1, 2, blocks);
+  d_runs.set(lists.runs), d_num.set(lists.num_runs);
+  const double error = relative_error(attention_of(s, d_runs.view, d_num.view, x.out), fused);
+  expect(error < 1e-2, "strict: " + std::to_string(error));
+  expect(fused != attention_of(s, staged.runs.view, staged.num_runs.view, x.out), "strict changes the selection");
+}
+
+void test_prefill_graph_replay() {
+  const int64_t length = small_run ? 512 : 4096;
+  Prefill x(1, 8, 2, length, length, 128, DType::kBFloat16, Layout::kTokensFirst);
+  x.stage.q_block = 128, x.stage.choice.budget = 400;
+  Buffer scratch = workspace(cuda::workspace_bytes(x.stage));
+  Graph graph(1, [&](cudaStream_t stream) { CUDA_CHECK(cuda::run(x.stage, scratch.data(), stream)); });
+  for (int i = 0; i < 3; ++i) {
+    x.q.fill(false), x.k.fill(false), x.v.fill(false);
+    run_stage(x.stage, "graph: direct");
+    const std::vector<uint16_t> direct = x.out.download<uint16_t>();
+    x.out.poison(), scratch.poison();
+    graph.replay();
+    expect(x.out.download<uint16_t>() == direct, "sparse_prefill replayed with new inputs");
+  }
+}
+
+void test_decode() {
+  struct Case {
+    int64_t batch, heads, heads_kv, seqlen_q, seqlen_k, dim, selection_heads, window;
+    float softcap;
+  };
+  const Case cases[] = {{1, 8, 2, 1, 3000, 128, 1, 0, 0}, {2, 8, 2, 3, 1000, 64, 2, 0, 0},
+                        {1, 4, 1, 16, 500, 96, 4, 0, 0},  {1, 6, 2, 2, 900, 256, 1, 300, 0},
+                        {1, 10, 2, 1, 40, 128, 2, 0, 5},  {1, 4, 4, 1, 5000, 128, 4, 0, 0},
+                        {1, 4, 2, 5, 3, 64, 1, 0, 0}};
+  for (const Case& c : cases)
+    for (DType dtype : kTypes)
+      for (Layout layout : kLayouts) {
+        const Input q(c.batch, c.heads, c.seqlen_q, c.dim, dtype, layout);
+        const Input k(c.batch, c.heads_kv, c.seqlen_k, c.dim, dtype, layout);
+        const Input v(c.batch, c.heads_kv, c.seqlen_k, c.dim, dtype, layout);
+        const int64_t capacity = c.seqlen_k / 8 + 2;
+        std::vector<int> offsets, counts(c.batch);
+        for (int64_t b = 0; b < c.batch; ++b) {
+          const std::vector<int> row =
+              random_offsets(std::max<int64_t>(c.seqlen_k - 20, 1), c.seqlen_k, capacity, 30, &counts[b]);
+          offsets.insert(offsets.end(), row.begin(), row.end());
+        }
+        const std::vector<double> pooled = chunk_pool(k, offsets, counts, c.selection_heads, PoolScale::kSqrt);
+        Array<int> d_offsets(c.batch, capacity + 1), d_counts(c.batch);
+        d_offsets.set(offsets), d_counts.set(counts);
+        Array<float> d_pooled(c.batch, c.selection_heads, capacity, c.dim), lse(c.batch, c.heads, c.seqlen_q);
+        d_pooled.set(std::vector<float>(pooled.begin(), pooled.end()));
+        Array<float> out32(c.batch, c.heads, c.seqlen_q, c.dim);
+        SparseDecode stage;
+        stage.q = q.view, stage.k = k.view, stage.v = v.view, stage.k_pooled = d_pooled.view;
+        stage.offsets = d_offsets.view, stage.num_chunks = d_counts.view;
+        stage.choice.budget = 300, stage.choice.window = stage.softmax.window = c.window;
+        stage.choice.sink = 4, stage.choice.local = 32;
+        stage.softmax.scale = 1.0f / std::sqrt(static_cast<float>(c.dim)), stage.softmax.softcap = c.softcap;
+        stage.out = cuda::contiguous(out32.buffer.data(), dtype, c.batch, c.heads, c.seqlen_q, c.dim);
+        stage.lse = lse.view;
+        const std::string what = std::string("sparse_decode ") + name(dtype) + " Lq" + std::to_string(c.seqlen_q) +
+                                 " Lk" + std::to_string(c.seqlen_k) + " D" + std::to_string(c.dim) + " S" +
+                                 std::to_string(c.selection_heads);
+        run_stage(stage, what);
+
+        const std::vector<float> got_lse = lse.get();
+        const size_t n = c.batch * c.heads * c.seqlen_q * c.dim;
+        std::vector<double> got(n);
+        if (dtype == DType::kFloat32) {
+          const std::vector<float> raw = out32.get();
+          std::copy_n(raw.begin(), n, got.begin());
+        } else if (dtype == DType::kFloat16) {
+          const auto raw = out32.buffer.download<__half>();
+          for (size_t i = 0; i < n; ++i) got[i] = static_cast<float>(raw[i]);
+        } else {
+          const auto raw = out32.buffer.download<__nv_bfloat16>();
+          for (size_t i = 0; i < n; ++i) got[i] = static_cast<float>(raw[i]);
+        }
+
+        double error = 0, norm = 0, lse_error = 0;
+        const int64_t per_list = c.heads / c.selection_heads, group = c.heads / c.heads_kv;
+        for (int64_t b = 0; b < c.batch; ++b)
+          for (int64_t h = 0; h < c.heads; ++h)
+            for (int64_t u = 0; u < c.seqlen_q; ++u) {
+              const int64_t s = h / per_list;
+              std::vector<float> scores(capacity);
+              for (int64_t ch = 0; ch < counts[b]; ++ch) {
+                double dot = 0;
+                for (int64_t d = 0; d < c.dim; ++d) {
+                  double mean = 0;
+                  for (int64_t x = s * per_list; x < (s + 1) * per_list; ++x) mean += q.at(b, x, u, d) / per_list;
+                  dot += mean * pooled[((b * c.selection_heads + s) * capacity + ch) * c.dim + d];
+                }
+                scores[ch] = static_cast<float>(dot);
+              }
+              const std::vector<int> keys = kept_keys(scores.data(), offsets.data() + b * (capacity + 1), counts[b],
+                                                      c.seqlen_q, c.seqlen_k, 1, u, stage.choice);
+              double sum = 0;
+              std::vector<double> out(c.dim, 0.0);
+              for (int key : keys) {
+                double logit = 0;
+                for (int64_t d = 0; d < c.dim; ++d) logit += q.at(b, h, u, d) * k.at(b, h / group, key, d);
+                logit *= stage.softmax.scale;
+                if (c.softcap > 0) logit = c.softcap * std::tanh(logit / c.softcap);
+                sum += std::exp(logit);
+                for (int64_t d = 0; d < c.dim; ++d) out[d] += std::exp(logit) * v.at(b, h / group, key, d);
+              }
+              const size_t row = (b * c.heads + h) * c.seqlen_q + u;
+              const double want_lse = keys.empty() ? -INFINITY : std::log(sum);
+              if (keys.empty() ? got_lse[row] != -INFINITY : !(std::fabs(got_lse[row] - want_lse) <= 1e3))
+                lse_error = 1e9;
+              else if (!keys.empty())
+                lse_error = std::max(lse_error, std::fabs(got_lse[row] - want_lse));
+              for (int64_t d = 0; d < c.dim; ++d) {
+                const double want = keys.empty() ? 0 : out[d] / sum, difference = got[row * c.dim + d] - want;
+                error += difference * difference, norm += want * want;
+              }
+            }
+        error = norm > 0 ? std::sqrt(error / norm) : error;
+        const double limit = dtype == DType::kFloat32 ? 1e-5 : dtype == DType::kFloat16 ? 2e-3 : 1e-2;
+        expect(error < limit, what + ": error " + std::to_string(error));
+        expect(lse_error < (dtype == DType::kFloat32   ? 1e-4
+                            : dtype == DType::kFloat16 ? 1e-2
+                                                       : 2e-2),
+               what + ": lse error " + std::to_string(lse_error));
+      }
+}
+
+// --- Times -----------------------------------------------------------------------------------------------------------
+
+template <class Stage>
+double time_stage(const Stage& stage, int repeats) {
+  Buffer scratch = workspace(cuda::workspace_bytes(stage));
+  Graph graph(repeats, [&](cudaStream_t stream) { CUDA_CHECK(cuda::run(stage, scratch.data(), stream)); });
+  return graph.microseconds();
+}
+
+void time_prefill(int64_t length, int64_t selection_heads, int64_t q_block, Layout layout) {
+  Prefill x(1, 32, 8, length, length, 128, DType::kBFloat16, layout);
+  SparsePrefill& s = x.stage;
+  s.select_heads = selection_heads, s.q_block = q_block;
+  s.choice.budget = 2048, s.choice.sink = 128, s.choice.local = 128;
+  const int repeats = length > 40000 ? 5 : 20;
+  BoundaryScores s1;
+  Staged staged(s);
+  s1.k = s.k, s1.window = 4, s1.scores = staged.boundary.view;
+  SelectBoundaries s2;
+  s2.scores = staged.boundary.view, s2.max_chunks = s.max_chunks, s2.threshold = s.threshold;
+  s2.offsets = staged.offsets.view, s2.num_chunks = staged.num_chunks.view;
+  ChunkPool s3;
+  s3.x = s.k, s3.offsets = staged.offsets.view, s3.num_chunks = staged.num_chunks.view, s3.heads = selection_heads;
+  s3.pooled = staged.k_pooled.view;
+  QueryPool s3q;
+  s3q.q = s.q, s3q.heads = selection_heads, s3q.q_block = q_block, s3q.pooled = staged.q_pooled.view;
+  ChunkScores s4;
+  s4.q_pooled = staged.q_pooled.view, s4.k_pooled = staged.k_pooled.view, s4.scores = staged.scores.view;
+  SelectKeys s6;
+  s6.chunk_scores = staged.scores.view, s6.offsets = staged.offsets.view, s6.num_chunks = staged.num_chunks.view;
+  s6.seqlen_q = length, s6.seqlen_k = length, s6.q_block = q_block, s6.choice = s.choice;
+  s6.runs = staged.runs.view, s6.num_runs = staged.num_runs.view;
+  SparseAttention s7;
+  s7.q = s.q, s7.k = s.k, s7.v = s.v, s7.runs = staged.runs.view, s7.num_runs = staged.num_runs.view;
+  s7.q_block = q_block, s7.softmax = s.softmax, s7.out = s.out, s7.lse = s.lse;
+  const double whole = time_stage(s, repeats), attention = time_stage(s7, repeats);
+  std::printf(
+      "%7ld S=%ld q_block %3ld %s | %8.1f %8.1f %8.1f %8.1f %8.1f %8.1f | whole %9.1f attention %9.1f router "
+      "%7.1f (%4.1f%%) workspace %.1f MiB\n",
+      static_cast<long>(length), static_cast<long>(selection_heads), static_cast<long>(q_block),
+      layout == Layout::kHeadsFirst ? "BHLD" : "BLHD", time_stage(s1, repeats), time_stage(s2, repeats),
+      time_stage(s3, repeats), time_stage(s3q, repeats), time_stage(s4, repeats), time_stage(s6, repeats), whole,
+      attention, whole - attention, 100 * (whole - attention) / whole, cuda::workspace_bytes(s) / 1048576.0);
+  std::fflush(stdout);
+}
+
+void time_decode(int64_t length, int64_t selection_heads) {
+  Prefill x(1, 32, 8, 1, length, 128, DType::kBFloat16, Layout::kHeadsFirst);
+  const int64_t capacity = length / 16;
+  Array<int> offsets(1, capacity + 1), num_chunks(1);
+  std::vector<int> even;
+  for (int64_t i = 0; i <= capacity; ++i) even.push_back(static_cast<int>(i * 16));
+  offsets.set(even), num_chunks.set({static_cast<int>(capacity)});
+  Array<float> pooled(1, selection_heads, capacity, 128);
+  ChunkPool pool;
+  pool.x = x.k.view, pool.offsets = offsets.view, pool.num_chunks = num_chunks.view, pool.heads = selection_heads;
+  pool.pooled = pooled.view;
+  run_stage(pool, "decode chunk_pool");
+  SparseDecode stage;
+  stage.q = x.q.view, stage.k = x.k.view, stage.v = x.v.view, stage.k_pooled = pooled.view;
+  stage.offsets = offsets.view, stage.num_chunks = num_chunks.view, stage.choice.budget = 2048;
+  stage.choice.min_chunk = 9, stage.softmax = x.stage.softmax, stage.out = x.stage.out, stage.lse = x.stage.lse;
+  Buffer scratch = workspace(cuda::workspace_bytes(stage));
+  std::printf("decode %7ld S=%ld | %6.2f us a call\n", static_cast<long>(length), static_cast<long>(selection_heads),
+              time_stage(stage, 50));
+}
+
+void time_boundaries() {
+  constexpr int64_t kLong = 131072;
+  for (int pattern = 0; pattern < 7; ++pattern) {
+    Array<float> scores(1, kLong);
+    scores.set(make_scores(kLong, static_cast<Pattern>(pattern)));
+    Array<int> offsets(1, kLong / 16 + 1), num_chunks(1);
+    SelectBoundaries stage;
+    stage.scores = scores.view, stage.max_chunks = kLong / 16, stage.threshold = -INFINITY;
+    stage.offsets = offsets.view, stage.num_chunks = num_chunks.view;
+    std::printf("select_boundaries 128K %-9s %8.1f us\n", kPatternNames[pattern], time_stage(stage, 5));
+  }
+}
+
+int run_all(const std::string& mode) {
+  cudaDeviceProp device;
+  CUDA_CHECK(cudaGetDeviceProperties(&device, 0));
+  std::printf("%s, compiled for %s\n", device.name, cuda::archs_compiled());
+  if (!cuda::device_supported(device.major, device.minor)) return std::printf("not built for this GPU\n"), 2;
+  if (mode == "time") {
+    std::printf(
+        "microseconds: boundary_scores, select_boundaries, chunk_pool, query_pool, chunk_scores, select_keys\n");
+    for (int64_t length : {8192, 32768, 131072}) time_prefill(length, 1, 128, Layout::kTokensFirst);
+    time_prefill(131072, 1, 128, Layout::kHeadsFirst);
+    time_prefill(32768, 8, 64, Layout::kTokensFirst);
+    time_boundaries();
+    for (int64_t heads : {1, 8}) time_decode(131072, heads);
+    time_decode(32768, 1);
+    time_prefill(131072, 8, 64, Layout::kTokensFirst);
+    return 0;
+  }
+  small_run = mode == "small";
+  const std::pair<const char*, void (*)()> tests[] = {{"boundary_scores", test_boundary_scores},
+                                                      {"select_boundaries", test_select_boundaries},
+                                                      {"pooling", test_pooling},
+                                                      {"chunk_scores", test_chunk_scores},
+                                                      {"token_scores", test_token_scores},
+                                                      {"select_keys", test_select_keys},
+                                                      {"malformed offsets", test_malformed_offsets},
+                                                      {"decode", test_decode},
+                                                      {"prefill equals its stages", test_prefill_equals_its_stages},
+                                                      {"strict", test_strict},
+                                                      {"graph replay", test_prefill_graph_replay}};
+  for (const auto& [label, test] : tests) {
+    const int before = failures(), checked = checks();
+    test();
+    std::printf("%-28s %6d checks, %d failed\n", label, checks() - checked, failures() - before);
+    std::fflush(stdout);
+  }
+  return failures() == 0 ? 0 : 1;
+}
+
+}  // namespace
+}  // namespace dhsa::test
+
+int main(int argc, char** argv) { return dhsa::test::run_all(argc > 1 ? argv[1] : "all"); }
