@@ -128,16 +128,19 @@ class Crossing:
 
 @torch.no_grad()
 def measure_crossing(layer: LayerInputs, config: DHSAConfig) -> Crossing | None:
-    """Time one layer at a half and all of its prompt, under the same budget, dense attention being torch's.
+    """Time one layer at twice and four times the budget, or a half and all of its prompt where that is longer.
 
-    None where half the prompt fits the budget, or where logits are soft-capped, which torch's attention does not know.
+    A prompt too short for that is repeated. Dense attention is torch's. None where the prompt would have to be repeated
+    more than four times, or where logits are soft-capped, which torch's attention does not know.
     """
     total = layer.q.shape[2]
-    if layer.softcap or total // 2 <= config.budget:
+    longest = max(total, 4 * config.budget)
+    if layer.softcap or longest > 4 * total:
         return None
-    crossing = Crossing([total // 2, total], [], [])
+    crossing = Crossing([longest // 2, longest], [], [])
+    repeats = -(-longest // total)
     for n in crossing.lengths:
-        q, k, v = (x[:, :, :n] for x in (layer.q, layer.k, layer.v))
+        q, k, v = (x.repeat(1, 1, repeats, 1)[:, :, :n] for x in (layer.q, layer.k, layer.v))
         arguments = config.prefill_args(q.shape[1], k.shape[1], n)
 
         def dense(q: Tensor = q, k: Tensor = k, v: Tensor = v) -> Tensor:
