@@ -7,6 +7,7 @@ with it. Tests hand over CPU tensors and get CPU tensors back.
 
 from __future__ import annotations
 
+import logging
 import os
 import random
 
@@ -26,6 +27,7 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large],
 )
 settings.load_profile("dhsa")
+logging.getLogger("torch.__trace").propagate = False  # thousands of empty lines under a failed torch.compile test
 
 
 def no_cuda() -> str:

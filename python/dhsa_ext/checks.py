@@ -87,7 +87,7 @@ def _lists(op: str, argument: str, lists: Any, q_heads: Any, kv_heads: Any) -> N
 def _choice(op, q_len, q_block, budget, sink, local, window, dense_tail) -> None:
     _at_least(op, 1, q_block=q_block, window=window)
     _at_least(op, 0, sink=sink, local=local, dense_tail=dense_tail)
-    forced = sink + local + min(q_block, q_len) - 1 if q_len > 0 else 0
+    forced = sink + local + torch.sym_min(q_block, q_len) - 1 if q_len > 0 else 0
     if budget < forced or budget < 0:
         _fail(op, "budget", f"at least sink + local + min(q_block, Lq) - 1 = {max(forced, 0)}", budget)
 
@@ -266,7 +266,9 @@ def sparse_prefill(
     if offsets is not None:
         _chunks(op, q.shape[0], offsets, num_chunks)
     k_len = k.shape[2]
-    _choice(op, q.shape[2], q_block, budget, min(sink, k_len), min(local, k_len), window, dense_tail)
+    _choice(
+        op, q.shape[2], q_block, budget, torch.sym_min(sink, k_len), torch.sym_min(local, k_len), window, dense_tail
+    )
     _softcap(op, softcap)
     _same_device(op, q, offsets=offsets, num_chunks=num_chunks)
 
@@ -285,6 +287,6 @@ def sparse_decode(
     _at_least(op, 1, min_chunk=min_chunk)
     _at_least(op, 0, refine=refine)
     k_len = k.shape[2]
-    _choice(op, q.shape[2], 1, budget, min(sink, k_len), min(local, k_len), window, 0)
+    _choice(op, q.shape[2], 1, budget, torch.sym_min(sink, k_len), torch.sym_min(local, k_len), window, 0)
     _softcap(op, softcap)
     _same_device(op, q, k_pooled=k_pooled, offsets=offsets, num_chunks=num_chunks)

@@ -32,12 +32,13 @@ def chunk_capacity(k_len: int, max_chunks: int, segment: int = 0) -> int:
 
 def run_capacity(chunks: int, budget: int, min_chunk: int) -> int:
     """R of `select_keys`."""
-    return min(chunks, budget // min_chunk + 1) + 3
+    # sym_min: a size that torch.compile can keep symbolic, where min() would be a guard and a recompilation
+    return torch.sym_min(chunks, budget // min_chunk + 1) + 3
 
 
 def refined_run_capacity(k_len: int, budget: int) -> int:
     """R of `refine_keys`."""
-    return max(1, min(budget, (k_len + 1) // 2))
+    return torch.sym_max(1, torch.sym_min(budget, (k_len + 1) // 2))
 
 
 def _bounds(offsets: Tensor, num_chunks: Tensor, length: int) -> tuple[Tensor, Tensor]:
