@@ -10,11 +10,15 @@ namespace dhsa::cpu {
 namespace {
 
 constexpr int64_t kRows = 256;  // query blocks of a work item
+constexpr int64_t kSlice = 16;  // products of a partial sum: one float32 chain over head_dim loses a digit on scores
+                                // whose parts cancel
 
 struct Scratch {
-  float *panels, *tile;
+  float *panels, *tile, *sum;
   Scratch(Arena& arena, int64_t head_dim)
-      : panels(arena.take<float>(kBlockN * head_dim)), tile(arena.take<float>(kRows * kMaxPanel)) {}
+      : panels(arena.take<float>(kBlockN * head_dim)),
+        tile(arena.take<float>(kRows * kMaxPanel)),
+        sum(arena.take<float>(kRows * kMaxPanel)) {}
 };
 
 }  // namespace
@@ -41,8 +45,14 @@ void run(const ChunkScores& p, void* workspace, const Executor& executor) {
     for (int64_t c = 0; c < n; c += kernels.panel) {
       const float* panel = scratch.panels + c * head_dim;
       const int64_t width = std::min(kernels.panel, n - c);
-      kernels.gemm_panel(m, head_dim, q, head_dim, panel, scratch.tile, kernels.panel, false);
-      for (int64_t r = 0; r < m; ++r) std::copy_n(scratch.tile + r * kernels.panel, width, scores + r * columns + c);
+      const int64_t cells = m * kernels.panel;
+      std::fill_n(scratch.sum, cells, 0.0f);
+      for (int64_t d = 0; d < head_dim; d += kSlice) {
+        kernels.gemm_panel(m, std::min(kSlice, head_dim - d), q + d, head_dim, panel + d * kernels.panel, scratch.tile,
+                           kernels.panel, false);
+        for (int64_t i = 0; i < cells; ++i) scratch.sum[i] += scratch.tile[i];
+      }
+      for (int64_t r = 0; r < m; ++r) std::copy_n(scratch.sum + r * kernels.panel, width, scores + r * columns + c);
     }
   });
 }
