@@ -77,8 +77,9 @@ def test_a_missing_package_says_the_way_out(monkeypatch):
         return real(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", refuse)
-    with pytest.raises(RuntimeError, match=r"not installed.*--model NAME"):
-        models.gemma_file()
+    for call in (models.gemma_file, models.terms):
+        with pytest.raises(RuntimeError, match=r"not installed.*--model NAME"):
+            call()
 
 
 def test_a_file_with_another_hash_is_refused(monkeypatch, tmp_path):
@@ -127,6 +128,21 @@ def test_tokenizer_is_rebuilt_from_the_files_tokens():
     assert tokenizer.encode("  b") == [two_spaces, b]  # a user-defined run of spaces
     assert tokenizer.encode("b \n") == [b, space, 4 + ord("\n")]  # bytes where there is no piece
     assert tokenizer.decode(tokenizer.encode("  ba é\n")) == "  ba é\n"
+
+
+def test_any_local_model_loads(tmp_path):
+    from tokenizers import Tokenizer, pre_tokenizers
+    from tokenizers import models as kinds
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    words = Tokenizer(kinds.WordLevel({"<s>": 0, "?": 1, "the": 2, "code": 3}, unk_token="?"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=words, bos_token="<s>", unk_token="?").save_pretrained(tmp_path)
+    config = LlamaConfig(vocab_size=4, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    LlamaForCausalLM(config).save_pretrained(tmp_path)
+    loaded = models.load(str(tmp_path))
+    assert loaded.bos == [0] and loaded.tokenizer.encode("the code x") == [2, 3, 1]
+    assert loaded.tokenizer.decode([2, 3]) == "the code" and loaded.model.dtype == torch.float32
 
 
 # ---- what is measured and drawn

@@ -6,8 +6,6 @@ import logging
 
 import pytest
 import torch
-from dhsa_ext import hf
-from dhsa_ext.config import DHSAConfig
 from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
@@ -22,7 +20,11 @@ from transformers import (
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    masking_utils,
 )
+
+from dhsa_ext import hf
+from dhsa_ext.config import DHSAConfig
 
 SMALL = dict(
     vocab_size=97, hidden_size=32, intermediate_size=48, num_attention_heads=4, num_key_value_heads=2,
@@ -352,14 +354,16 @@ def test_static_caches_are_refused():
         model.generate(ids, max_new_tokens=2, cache_implementation="static", do_sample=False)
 
 
-def test_image_tokens_are_refused():
-    from transformers.masking_utils import create_causal_mask
-
+@pytest.mark.parametrize("kind", ["create_causal_mask", "create_sliding_window_causal_mask"])
+def test_image_tokens_are_refused(kind):
+    """As vision-language models build them: a causal mask, or the pairs within one image."""
     model, _ = build("gemma3", tight())
     model.set_attn_implementation("dhsa")
-    blocks = torch.tensor([[-1, 0, 0, -1]])
+    image = torch.tensor([False, True, True, False])
     with refuses("image tokens"):
-        create_causal_mask(model.config, torch.zeros(1, 4, 32), None, None, block_sequence_ids=blocks)
+        getattr(masking_utils, kind)(
+            model.config, torch.zeros(1, 4, 32), None, None, or_mask_function=lambda b, h, q, kv: image[q] & image[kv]
+        )
 
 
 def test_bidirectional_models_are_refused():
@@ -403,6 +407,12 @@ def test_unknown_arguments_are_refused(argument, value, match):
     q = torch.zeros(1, 4, 5, 16)
     with refuses(match):
         hf.dhsa_attention(model.model.layers[0].self_attn, q, q, q, None, **{argument: value})
+
+
+def test_an_older_transformers_is_refused(monkeypatch):
+    monkeypatch.setattr(hf, "sdpa_mask", lambda batch_size, cache_position: None)
+    with refuses("expected 5.4 or newer, got 5", ImportError):
+        hf.register()
 
 
 def test_register_names_both_interfaces():

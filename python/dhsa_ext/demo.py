@@ -196,10 +196,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"dhsa_ext {__version__} on {platform.machine()}, {os.cpu_count()} CPUs, torch {torch.__version__} with "
         f"{torch.get_num_threads()} threads; DHSA runs on the {backend.name} backend ({backend.reason})"
     )
-    if arguments.model is None:
-        print(models.TERMS)
-    print("loading the model …", flush=True)
     try:
+        if arguments.model is None:
+            print(models.terms())
+        print("loading the model …", flush=True)
         loaded = models.load(arguments.model)
         prompts = [needle.hide(text, loaded.tokenizer, loaded.bos, arguments.context, seed) for seed in arguments.seed]
     except (RuntimeError, ValueError, OSError) as error:

