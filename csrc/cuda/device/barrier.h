@@ -37,6 +37,14 @@ __device__ inline void barrier_wait(uint32_t barrier, uint32_t parity) {
   } while (!done);
 }
 
+// Hardware barrier `id` (0 is __syncthreads): arrive without waiting, or arrive and wait, for `threads` in all.
+__device__ inline void named_barrier_sync(int32_t id, int32_t threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+__device__ inline void named_barrier_arrive(int32_t id, int32_t threads) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
 // Makes what generic writes (cp.async too) left in shared memory visible to this thread's wgmma and TMA.
 __device__ inline void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 

@@ -158,7 +158,7 @@ __global__ void __launch_bounds__(C::kThreads, 2) attention_kernel(const Attenti
   const LogitRule rule(p.scale, p.softcap);
 
   bool masked = false, masked_next = false;
-  gather_queries<T, C::kHeadDim, C::kBlockM, C::kWarps>(q_smem, p, item, warp, lane);
+  gather_queries<T, C::kHeadDim, C::kBlockM, C::kBlockM, C::kWarps>(q_smem, p, item, 0, warp, lane);
   int32_t count = load_tile(range.begin, 0, &masked);
   int32_t stage = 0;
   for (uint32_t begin = range.begin; count > 0; begin += C::kBlockN) {

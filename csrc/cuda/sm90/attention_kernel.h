@@ -2,17 +2,17 @@
 //
 //   out[row] = softmax over j in the block's runs, p - window < j <= p, of logit(q[row] . k[j]), times v[j]
 //
-// A thread block stays on its SM and answers one work item after another (attention_work.h). Warpgroup 0 walks the run
-// list and copies Q, K and V into shared memory; warpgroups 1 and 2 own kHalves m64 tiles of packed rows each: S = Q
-// K^T from shared memory, softmax in registers, O += P V with P from registers, all accumulated in float32. The next S
-// is always issued before the P V of the last one, so that tensor cores work through a softmax. A row with no key gives
-// out 0, lse -inf.
+// A thread block stays on its SM and answers one work item after another (attention_work.h). In warpgroup 0, warp 0
+// walks the run list and writes down each tile's keys, warps 1 and 2 copy the rows of K and of V that it names, and
+// warp 3 does nothing. Warpgroups 1 and 2 own kHalves m64 tiles of packed rows each, whose Q they load themselves: S =
+// Q K^T from shared memory, softmax in registers, O += P V with P from registers, all accumulated in float32. The next
+// S is always issued before the P V of the last one, so that tensor cores work through a softmax. A row with no key
+// gives out 0, lse -inf.
 //
 //   barrier     arrivals per phase                                        waited for by    then
-//   full[s]     128 producer threads' copies + 1 (keys and header)        consumers        tile s may be read
-//   empty[s]    8 consumer warps, after P V of the tile is complete       producer         tile s may be overwritten
-//   q_full      128 producer threads' copies                              consumers        Q may be read
-//   q_empty     8 consumer warps, after the item's last Q K^T             producer         Q may be overwritten
+//   listed[s]   1: the walker wrote keys and header of tile s             copiers          tile s may be filled
+//   full[s]     2 x 32 copier threads' copies + 1 walker                  consumers        tile s may be read
+//   empty[s]    8 consumer warps, after P V of the tile is complete       walker           tile s may be overwritten
 //
 // A work item sends at least one tile; the header of a tile says what it is (Header).
 #pragma once
@@ -35,6 +35,7 @@ enum Header : int32_t {
   kMasked = 1,   // some row must not see some key of the tile
   kLast = 2,     // of the work item
   kNoWork = 4,   // a split without a share: no Q, no keys, no answer
+  kRagged = 16,  // some of the tile's rows hold no key
   kPartial = 8,  // the answer goes to the partials
 };
 
@@ -56,21 +57,28 @@ struct Smem {
       : q(base), keys(base + C::kKeysOffset), header(base + C::kHeaderOffset), barriers(base + C::kBarrierOffset) {}
   __device__ uint32_t k_tile(int32_t stage) const { return q + C::kStageOffset + stage * C::kStageBytes; }
   __device__ uint32_t v_tile(int32_t stage) const { return k_tile(stage) + C::KTile::kBytes; }
-  __device__ uint32_t full(int32_t stage) const { return barriers + 8 * stage; }
-  __device__ uint32_t empty(int32_t stage) const { return barriers + 8 * (C::kStages + stage); }
-  __device__ uint32_t q_full() const { return barriers + 8 * (2 * C::kStages); }
-  __device__ uint32_t q_empty() const { return barriers + 8 * (2 * C::kStages + 1); }
+  __device__ uint32_t listed(int32_t stage) const { return barriers + 8 * stage; }
+  __device__ uint32_t full(int32_t stage) const { return barriers + 8 * (C::kStages + stage); }
+  __device__ uint32_t empty(int32_t stage) const { return barriers + 8 * (2 * C::kStages + stage); }
 };
 
 // --- Producer --------------------------------------------------------------------------------------------------------
 
-template <class T, class C>
-__device__ inline void produce(const AttentionParams& p, const Smem<C>& smem, uint8_t* smem_bytes) {
-  const int32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+// Warp 0: writes keys and header of every tile of every work item.
+template <class C>
+__device__ inline void walk(const AttentionParams& p, const Smem<C>& smem, uint8_t* smem_bytes, int32_t lane) {
   int32_t* const keys = reinterpret_cast<int32_t*>(smem_bytes + C::kKeysOffset);
   int32_t* const header = reinterpret_cast<int32_t*>(smem_bytes + C::kHeaderOffset);
   Ring<C::kStages> ring;
-  uint32_t q_parity = 0;
+  const auto announce = [&](int32_t tile) {
+    if (lane == 0) header[ring.stage] = tile;
+    __syncwarp();
+    if (lane == 0) {
+      barrier_arrive(smem.listed(ring.stage));
+      barrier_arrive(smem.full(ring.stage));
+    }
+    ring.advance();
+  };
   const int32_t items = int32_t(num_items(p));
   for (int32_t index = blockIdx.x; index < items; index += gridDim.x) {
     const WorkItem item = work_item<C::kBlockM>(p, index);
@@ -81,61 +89,66 @@ __device__ inline void produce(const AttentionParams& p, const Smem<C>& smem, ui
     SplitRange range = {0, kMaxListKeys, 1};
     if (item.split >= 0) {
       range = split_range<C::kBlockN>(p, item.split, walker.count_keys());
-      if (threadIdx.x == 0 && item.split == 0) *split_count(p, item, item.first_row / C::kBlockM) = range.count;
+      if (lane == 0 && item.split == 0) *split_count(p, item, item.first_row / C::kBlockM) = range.count;
       if (item.split >= range.count) {
         barrier_wait(smem.empty(ring.stage), ring.parity ^ 1);
-        if (threadIdx.x == 0) {
-          header[ring.stage] = kNoWork;
-          barrier_arrive(smem.full(ring.stage));
-        }
-        barrier_arrive_after_copies(smem.full(ring.stage));
-        ring.advance();
+        announce(kNoWork);
         continue;
       }
     }
-    const int32_t kv_head = item.group / p.groups_per_kv;
-    const T* k = static_cast<const T*>(p.k) + item.batch * p.k_stride.batch + kv_head * p.k_stride.head;
-    const T* v = static_cast<const T*>(p.v) + item.batch * p.v_stride.batch + kv_head * p.v_stride.head;
-
+    const int32_t every_tile = range.count > 1 ? kPartial : 0;
     bool last;
     uint32_t begin = range.begin;
     do {
       int32_t key[C::kSlots];
-      const int32_t count = walker.template keys_at<C::kSlots>(begin, min(range.end, begin + C::kBlockN), key);
       const uint32_t next = begin + C::kBlockN;
+      const int32_t count = walker.template keys_at<C::kSlots>(begin, min(range.end, next), key);
       last = next >= range.end || !walker.reaches(next);
-      barrier_wait(smem.empty(ring.stage), ring.parity ^ 1);
-      gather_keys<T, C::kHeadDim, C::kBlockN, C::kProducerWarps>(smem.k_tile(ring.stage), k, p.k_stride.row, key, warp,
-                                                                 lane);
-      gather_keys<T, C::kHeadDim, C::kBlockN, C::kProducerWarps>(smem.v_tile(ring.stage), v, p.v_stride.row, key, warp,
-                                                                 lane);
-      if (warp == 0) {
-        bool masked = count < C::kBlockN;
+      bool masked = count < C::kBlockN;
 #pragma unroll
-        for (int32_t i = 0; i < C::kSlots; ++i) {
-          if (32 * i + lane < C::kBlockN) {
-            keys[ring.stage * C::kBlockN + 32 * i + lane] = key[i];
-            masked |= key[i] > item.first_position;
-            masked |= p.window > 0 && item.last_position - key[i] >= p.window;
-          }
-        }
-        masked = __any_sync(0xffffffffu, masked);
-        if (lane == 0) {
-          header[ring.stage] =
-              (masked ? kMasked : 0) | (last ? kLast : 0) | (item.split >= 0 && range.count > 1 ? kPartial : 0);
-          barrier_arrive(smem.full(ring.stage));
-        }
+      for (int32_t i = 0; i < C::kSlots; ++i) {
+        masked |= key[i] > item.first_position;
+        masked |= p.window > 0 && key[i] >= 0 && item.last_position - key[i] >= p.window;
+      }
+      masked = __any_sync(0xffffffffu, masked);
+      barrier_wait(smem.empty(ring.stage), ring.parity ^ 1);
+#pragma unroll
+      for (int32_t i = 0; i < C::kSlots; ++i) {
+        if (C::kBlockN % 32 == 0 || 32 * i + lane < C::kBlockN) keys[ring.stage * C::kBlockN + 32 * i + lane] = key[i];
+      }
+      announce((masked ? kMasked : 0) | (last ? kLast : 0) | (count < C::kBlockN ? kRagged : 0) | every_tile);
+      begin = next;
+    } while (!last);
+  }
+}
+
+// Warp 1 for K, warp 2 for V (tile_offset: where in a stage its tile lies): copies the rows that the walker listed.
+template <class T, class C>
+__device__ inline void copy(const AttentionParams& p, const Smem<C>& smem, const uint8_t* smem_bytes, const void* data,
+                            const Strides& stride, int32_t tile_offset, int32_t lane) {
+  const int32_t* const keys = reinterpret_cast<const int32_t*>(smem_bytes + C::kKeysOffset);
+  const volatile int32_t* const header = reinterpret_cast<const int32_t*>(smem_bytes + C::kHeaderOffset);
+  Ring<C::kStages> ring;
+  const int32_t items = int32_t(num_items(p));
+  for (int32_t index = blockIdx.x; index < items; index += gridDim.x) {
+    const WorkItem item = work_item<C::kBlockM>(p, index);
+    if (item.num_rows <= 0) continue;
+    const T* base =
+        static_cast<const T*>(data) + item.batch * stride.batch + item.group / p.groups_per_kv * stride.head;
+    int32_t tile;
+    do {
+      barrier_wait(smem.listed(ring.stage), ring.parity);
+      tile = header[ring.stage];
+      const uint32_t to = smem.k_tile(ring.stage) + tile_offset;
+      const int32_t* const tile_keys = keys + ring.stage * C::kBlockN;
+      if (tile & kRagged) {
+        copy_listed_rows<T, C::kHeadDim, C::kBlockN, false>(to, base, stride.row, tile_keys, lane);
+      } else if (!(tile & kNoWork)) {
+        copy_listed_rows<T, C::kHeadDim, C::kBlockN, true>(to, base, stride.row, tile_keys, lane);
       }
       barrier_arrive_after_copies(smem.full(ring.stage));
       ring.advance();
-      if (begin == range.begin) {  // after the first tile: Q is free only when the last item's last product is done
-        barrier_wait(smem.q_empty(), q_parity ^ 1);
-        gather_queries<T, C::kHeadDim, C::kBlockM, C::kProducerWarps>(smem.q, p, item, warp, lane);
-        barrier_arrive_after_copies(smem.q_full());
-        q_parity ^= 1;
-      }
-      begin = next;
-    } while (!last);
+    } while (!(tile & (kLast | kNoWork)));
   }
 }
 
@@ -180,7 +193,6 @@ __device__ inline void consume(const AttentionParams& p, const Smem<C>& smem, co
   const LogitRule rule(p.scale, p.softcap);
   constexpr int kHalves = C::kHalves;
   Ring<C::kStages> ring;
-  uint32_t q_parity = 0;
   const int32_t items = int32_t(num_items(p));
 
   const auto arrive = [&](uint32_t barrier) {
@@ -192,19 +204,38 @@ __device__ inline void consume(const AttentionParams& p, const Smem<C>& smem, co
     fence_async_proxy();
     return int32_t(header[at.stage]);
   };
+  // Turns: while one warpgroup is in its softmax, the other's products have the tensor cores.
+  const auto await_turn = [&] {
+    if constexpr (C::kAlternate) named_barrier_sync(3 + warpgroup, 256);
+  };
+  const auto pass_turn = [&] {
+    if constexpr (C::kAlternate) named_barrier_arrive(3 + (warpgroup ^ 1), 256);
+  };
+  if (warpgroup == 1) pass_turn();
+  // The first item from `index` on that has rows; its Q is on the way to this warpgroup's part of the Q tile.
+  const auto start_item = [&](int32_t index) {
+    for (; index < items; index += gridDim.x) {
+      const WorkItem item = work_item<C::kBlockM>(p, index);
+      if (item.num_rows <= 0) continue;
+      gather_queries<T, C::kHeadDim, C::kBlockM, 64 * kHalves, 4>(smem.q, p, item, warpgroup * kHalves * 64, warp,
+                                                                  lane);
+      break;
+    }
+    return index;
+  };
 
-  for (int32_t index = blockIdx.x; index < items; index += gridDim.x) {
+  for (int32_t index = start_item(blockIdx.x); index < items;) {
     const WorkItem item = work_item<C::kBlockM>(p, index);
-    if (item.num_rows <= 0) continue;
     int32_t tile = await_tile(ring);
+    cp_async_wait<0>();
+    fence_async_proxy();
+    named_barrier_sync(1 + warpgroup, 128);  // the whole warpgroup's Q has come
     if (tile & kNoWork) {
       arrive(smem.empty(ring.stage));
       ring.advance();
+      index = start_item(index + gridDim.x);
       continue;
     }
-    barrier_wait(smem.q_full(), q_parity);
-    fence_async_proxy();
-    q_parity ^= 1;
 
     float o[kHalves][C::kHeadDim / 2];
     float s[C::kBlockN / 2];
@@ -248,28 +279,30 @@ __device__ inline void consume(const AttentionParams& p, const Smem<C>& smem, co
     int32_t finished = -1;  // the stage whose last P V is under way
     while (true) {
       if constexpr (kHalves == 2) {
+        await_turn();
         wgmma_fence();
         issue_qk<T, C>(s, smem, warpgroup * 2 + 1, ring.stage);
         wgmma_commit();
         issue_pv<T, C>(o[0], prob[0], smem, ring.stage);
         wgmma_commit();
+        pass_turn();
         wgmma_wait<1>();
         wgmma_touch(s);
         if (finished >= 0) arrive(smem.empty(finished));
-        if (tile & kLast) arrive(smem.q_empty());
         softmax_step(1, tile, ring.stage);
       } else {
-        if (tile & kLast) arrive(smem.q_empty());
       }
       if (tile & kLast) break;
       const int32_t stage = ring.stage;
       ring.advance();
       tile = await_tile(ring);
+      await_turn();
       wgmma_fence();
       issue_qk<T, C>(s, smem, warpgroup * kHalves, ring.stage);
       wgmma_commit();
       issue_pv<T, C>(o[kHalves - 1], prob[kHalves - 1], smem, stage);
       wgmma_commit();
+      pass_turn();
       wgmma_wait<1>();
       wgmma_touch(s);
       softmax_step(0, tile, ring.stage);
@@ -279,6 +312,8 @@ __device__ inline void consume(const AttentionParams& p, const Smem<C>& smem, co
     wgmma_fence();
     issue_pv<T, C>(o[kHalves - 1], prob[kHalves - 1], smem, ring.stage);
     wgmma_commit();
+    named_barrier_sync(1 + warpgroup, 128);  // no warp needs this item's Q any more
+    index = start_item(index + gridDim.x);
     wgmma_wait<0>();
 #pragma unroll
     for (int32_t h = 0; h < kHalves; ++h) wgmma_touch(o[h]);
@@ -303,17 +338,19 @@ __global__ void __launch_bounds__(C::kThreads, 1) attention_kernel(const __grid_
   const Smem<C> smem(smem_address(smem_bytes));
   if (threadIdx.x == 0) {
     for (int32_t stage = 0; stage < C::kStages; ++stage) {
-      barrier_init(smem.full(stage), 32 * C::kProducerWarps + 1);
+      barrier_init(smem.listed(stage), 1);
+      barrier_init(smem.full(stage), 2 * 32 + 1);
       barrier_init(smem.empty(stage), 4 * C::kConsumers);
     }
-    barrier_init(smem.q_full(), 32 * C::kProducerWarps);
-    barrier_init(smem.q_empty(), 4 * C::kConsumers);
   }
   __syncthreads();
   const int32_t warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0);
   if (warpgroup == 0) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(C::kProducerRegisters));
-    produce<T, C>(p, smem, smem_bytes);
+    const int32_t warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
+    if (warp == 0) walk<C>(p, smem, smem_bytes, lane);
+    if (warp == 1) copy<T, C>(p, smem, smem_bytes, p.k, p.k_stride, 0, lane);
+    if (warp == 2) copy<T, C>(p, smem, smem_bytes, p.v, p.v_stride, C::KTile::kBytes, lane);
   } else {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(C::kConsumerRegisters));
     consume<T, C>(p, smem, smem_bytes, warpgroup - 1);
