@@ -62,8 +62,11 @@ PADDINGS = ("none", "left", "right")
 @pytest.fixture(autouse=True)
 def registered():
     hf.register()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the models are tiny: on a busy machine, threads that wait for one another take minutes
     with torch.no_grad():
         yield
+    torch.set_num_threads(threads)
 
 
 def build(name: str, config: DHSAConfig | None = None, seed: int = 0):

@@ -21,7 +21,7 @@ import inspect
 import logging
 import weakref
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import transformers
@@ -62,12 +62,15 @@ def configure(model: torch.nn.Module, config: DHSAConfig) -> None:
 # ---- state kept per model
 
 
+_Boundaries: TypeAlias = "tuple[Tensor, Tensor] | None"  # offsets and num_chunks
+
+
 @dataclass
 class _ModelState:
     config: DHSAConfig
     first_layer: int | None = None  # the DHSA layer that runs first in a forward pass
     epoch: int = 0  # grows when the cache turns out to be another one: every layer's index is stale then
-    shared: list[tuple[Tensor, ...]] = field(default_factory=list)  # offsets, num_chunks by group of rows
+    shared: list[_Boundaries] = field(default_factory=list)  # the first layer's, by group of rows
     signature: list[Tensor] = field(default_factory=list)  # a few channels of the first layer's keys, by group of rows
     said: set[str] = field(default_factory=set)
 
@@ -180,55 +183,58 @@ def dhsa_attention(
     _refuse_packed(kwargs.get("position_ids"), real, query.shape[2])
 
     layer = _state_of(module)
-    config = layer.model.config
-    seqlen_q, seqlen_k = query.shape[2], key.shape[2]
-    if config.layers is not None and module.layer_idx not in config.layers:
-        return _dense(module, query, key, value, real, logits), None
-    if seqlen_k < config.dense_below:
-        layer.model.say_once(f"dhsa: attention is dense below {config.dense_below} keys (min_length)")
-        return _dense(module, query, key, value, real, logits), None
-    if seqlen_q == 1 and config.decode == "dense":
+    if _is_dense(layer.model, module.layer_idx, query.shape[2], key.shape[2]):
         return _dense(module, query, key, value, real, logits), None
 
-    groups = _groups(real, query.shape[0], seqlen_q, seqlen_k)
-    first = layer.model.first_layer is None or module.layer_idx <= layer.model.first_layer
-    if first:
-        layer.model.first_layer = module.layer_idx
-    if config.decode == "sparse":
-        if first:
-            _check_same_cache(layer.model, key, groups)
-        _update_indices(layer, query.shape[1], key, groups, first, decoding=seqlen_q == 1)
-    elif config.share_boundaries and first:
-        layer.model.shared = [_boundaries(group.keys_of(key), config) for group in groups]
-
-    out = torch.zeros_like(query) if real is not None else None
-    for g, group in enumerate(groups):
-        if group.num_queries:
-            q, k, v = group.queries_of(query), group.keys_of(key), group.keys_of(value)
-            index = layer.indices[g] if config.decode == "sparse" else None
-            if seqlen_q == 1:
-                assert index is not None
-                part = ops.sparse_decode(
-                    q, k, v, index.pooled, index.offsets, index.num_chunks,
-                    **config.decode_args(), scale=logits.scale, softcap=logits.softcap,
-                )  # fmt: skip
-            else:
-                arguments = config.prefill_args(q.shape[1], k.shape[1], k.shape[2])
-                if index is not None:
-                    arguments |= dict(offsets=index.offsets, num_chunks=index.num_chunks)
-                elif config.share_boundaries:
-                    arguments |= dict(zip(("offsets", "num_chunks"), layer.model.shared[g], strict=True))
-                part = ops.sparse_prefill(q, k, v, **arguments, scale=logits.scale, softcap=logits.softcap)
-            if out is None:
-                return part.transpose(1, 2).contiguous(), None
-            group.write_queries(out, part)
-        if out is not None and real is not None and group.trailing_pads:
-            # Queries past a row's last real token see all its real keys, as under a causal mask: generate() reads the
-            # last of them when the prompts were padded on the right.
-            rows, pads = group.batch, slice(seqlen_q - group.trailing_pads, seqlen_q)
-            out[rows, :, pads] = _masked_dense(query[rows, :, pads], key[rows], value[rows], real[rows], logits)
-    assert out is not None
+    groups = _groups(real, query.shape[0], query.shape[2], key.shape[2])
+    boundaries = _update_chunks(layer, module.layer_idx, query, key, groups)
+    attend = _decode if query.shape[2] == 1 else _prefill
+    if real is None:
+        out = attend(layer, query, key, value, 0, boundaries, logits)
+    else:
+        out = torch.zeros_like(query)
+        for g, group in enumerate(groups):
+            if group.num_queries:
+                q, k, v = group.queries_of(query), group.keys_of(key), group.keys_of(value)
+                group.write_queries(out, attend(layer, q, k, v, g, boundaries, logits))
+            if group.trailing_pads:
+                # Queries past a row's last real token see all its real keys, as under a causal mask: generate() reads
+                # the last of them when the prompts were padded on the right.
+                rows, pads = group.batch, slice(query.shape[2] - group.trailing_pads, query.shape[2])
+                out[rows, :, pads] = _masked_dense(query[rows, :, pads], key[rows], value[rows], real[rows], logits)
     return out.transpose(1, 2).contiguous(), None
+
+
+def _is_dense(model: _ModelState, layer_idx: int, seqlen_q: int, seqlen_k: int) -> bool:
+    config = model.config
+    if config.layers is not None and layer_idx not in config.layers:
+        return True
+    if seqlen_k < config.dense_below:
+        model.say_once(f"dhsa: attention is dense below {config.dense_below} keys (min_length)")
+        return True
+    return seqlen_q == 1 and config.decode == "dense"
+
+
+def _prefill(
+    layer: _LayerState, q: Tensor, k: Tensor, v: Tensor, g: int, boundaries: list[_Boundaries], logits: _Logits
+) -> Tensor:
+    """DHSA of the g-th group's prompt, or of a piece of it."""
+    arguments = layer.model.config.prefill_args(q.shape[1], k.shape[1], k.shape[2])
+    given = boundaries[g]
+    if given is not None:
+        arguments["offsets"], arguments["num_chunks"] = given
+    return ops.sparse_prefill(q, k, v, **arguments, scale=logits.scale, softcap=logits.softcap)
+
+
+def _decode(
+    layer: _LayerState, q: Tensor, k: Tensor, v: Tensor, g: int, _: list[_Boundaries], logits: _Logits
+) -> Tensor:
+    """DHSA of the g-th group's new token, over the chunks of its index."""
+    index = layer.indices[g]
+    return ops.sparse_decode(
+        q, k, v, index.pooled, index.offsets, index.num_chunks,
+        **layer.model.config.decode_args(), scale=logits.scale, softcap=logits.softcap,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -339,7 +345,27 @@ def _as_slice(positions: Tensor) -> slice | Tensor:
 # ---- boundaries and chunk indices
 
 
-def _boundaries(k: Tensor, config: DHSAConfig) -> tuple[Tensor, Tensor]:
+def _update_chunks(
+    layer: _LayerState, layer_idx: int, query: Tensor, key: Tensor, groups: list[_Group]
+) -> list[_Boundaries]:
+    """Bring the layer's indices up to date. Returns each group's boundaries, None where sparse_prefill cuts by itself."""
+    model, config = layer.model, layer.model.config
+    first = model.first_layer is None or layer_idx <= model.first_layer
+    if first:
+        model.first_layer = layer_idx
+    if config.decode == "sparse":
+        if first:
+            _check_same_cache(model, key, groups)
+        _update_indices(layer, query.shape[1], key, groups, first, decoding=query.shape[2] == 1)
+        return [(index.offsets, index.num_chunks) for index in layer.indices]
+    if not config.share_boundaries:
+        return [None] * len(groups)
+    if first:
+        model.shared = [_cut(group.keys_of(key), config) for group in groups]
+    return model.shared
+
+
+def _cut(k: Tensor, config: DHSAConfig) -> _Boundaries:
     scores = ops.boundary_scores(k, config.boundary_window)
     return ops.select_boundaries(scores, config.max_chunks(k.shape[2]), config.nms_radius, config.threshold)
 
@@ -384,15 +410,16 @@ def _update_indices(
             for _ in groups
         ]
     if first and anew:
-        model.shared = [()] * len(groups)
+        model.shared = [None] * len(groups)
     for g, (index, group) in enumerate(zip(layer.indices, groups, strict=True)):
         k = group.keys_of(key)
         past = k.shape[2] - (group.num_queries if decoding else 0)
         if anew or index.length != past:
-            shared = model.shared[g] if config.share_boundaries and not first and g < len(model.shared) else ()
+            shared = model.shared[g] if config.share_boundaries and not first and g < len(model.shared) else None
             # Boundaries of another length are those of an earlier pass that did not reach this layer.
-            usable = shared and int(shared[0][0, -1]) == past
-            index.prefill(k[:, :, :past], *(shared if usable else ()))
+            if shared is not None and int(shared[0][0, -1]) != past:
+                shared = None
+            index.prefill(k[:, :, :past], *(shared or ()))
             if first and config.share_boundaries:
                 model.shared[g] = (index.offsets.clone(), index.num_chunks.clone())
         if decoding:
