@@ -20,6 +20,14 @@ from dhsa_ext.meter import AttentionMeter, Crossing, LayerInputs, PeakMemory, me
 from dhsa_ext.selection import choose_keys
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as in test_hf: everything here is tiny
+    yield
+    torch.set_num_threads(threads)
+
+
 class Characters:
     """A tokenizer of one token a character."""
 

@@ -348,7 +348,7 @@ def _as_slice(positions: Tensor) -> slice | Tensor:
 def _update_chunks(
     layer: _LayerState, layer_idx: int, query: Tensor, key: Tensor, groups: list[_Group]
 ) -> list[_Boundaries]:
-    """Bring the layer's indices up to date. Returns each group's boundaries, None where sparse_prefill cuts by itself."""
+    """Bring the layer's indices up to date. Returns each group's boundaries; None: sparse_prefill cuts by itself."""
     model, config = layer.model, layer.model.config
     first = model.first_layer is None or layer_idx <= model.first_layer
     if first:
