@@ -70,7 +70,10 @@ def valid_call(op, dtype=torch.float32, q_len=70, k_len=90, heads=4, kv_heads=2,
 
 
 def split(op, call):
-    """(args, kwargs): the schema's positional arguments in order, the rest by name."""
-    schema = getattr(torch.ops.dhsa, op).default._schema
-    args = tuple(call[a.name] for a in schema.arguments if a.name in call and not a.kwarg_only)
-    return args, {a.name: call[a.name] for a in schema.arguments if a.name in call and a.kwarg_only}
+    """(args, kwargs): the schema's positional arguments up to the first one left out, the rest by name."""
+    args, kwargs = [], dict(call)
+    for argument in getattr(torch.ops.dhsa, op).default._schema.arguments:
+        if argument.kwarg_only or argument.name not in kwargs:
+            break
+        args.append(kwargs.pop(argument.name))
+    return tuple(args), kwargs

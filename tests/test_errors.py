@@ -90,6 +90,7 @@ ROWS = [
     ("select_boundaries", "scores_of_half", same("scores", torch.Tensor.half), "scores"),
     ("select_boundaries", "max_chunks_0", to(max_chunks=0), "max_chunks"),
     ("select_boundaries", "nms_radius_negative", to(nms_radius=-1), "nms_radius"),
+    ("select_boundaries", "segment_negative", to(segment=-1), "segment"),
     ("chunk_pool", "x_of_rank_3", same("x", lambda x: x[0]), "x"),
     ("chunk_pool", "x_of_int32", same("x", torch.Tensor.int), "x"),
     ("chunk_pool", "heads_0", to(heads=0), "heads"),
