@@ -60,10 +60,11 @@ constexpr int kWarps = kThreads / 32;
 constexpr int kMaskRadius = 255;  // beyond it, one block a segment takes the best token again and again
 
 // kReach words on either side hold every neighbour of a word's tokens; a warp owns kWarpWords words of the tile. A
-// larger reach takes a smaller tile, so that a tile's masks of better neighbours stay near 24 KB.
+// larger reach takes a smaller tile, so that its masks of better neighbours fit static shared memory. Eight words a
+// warp spare a long chain handoffs, but ordinary scores then wait for one warp's 256 tokens.
 template <int kReach>
 struct Tile {
-  static constexpr int kWarpWords = kReach == 1 ? 8 : kReach <= 3 ? 4 : 2;
+  static constexpr int kWarpWords = kReach <= 2 ? 4 : 2;
   static constexpr int kWords = kWarpWords * kWarps, kTokens = kWords * 32, kMaskWords = 2 * kReach + 1;
   Status status[kReach + kWords + kReach];  // with the neighbouring tiles' nearest words
   uint32_t better[kTokens][kMaskWords];     // better[i]: i's neighbours that come before it; odd stride, no conflicts
@@ -115,31 +116,37 @@ struct TileVisit {
     __syncthreads();
   }
 
-  // Decides what can be decided in one word; true if anything was.
+  // Decides what can be decided in one word; true if anything was. A lane is a token. Two votes a cut: who is accepted,
+  // who falls with it.
   __device__ bool advance_word(int word) {
     __syncwarp();  // lane 0 wrote this word's last state
     Status own = load_status(&inside(word));
     if ((own.accepted | own.dropped) == ~0u) return false;
     const uint32_t* better = tile.better[word * 32 + lane_id()];
-    bool beaten = false, waiting = false;
+    const uint32_t near = better[kReach];
+    bool waiting = false, loses = (near & own.accepted) != 0;
 #pragma unroll
     for (int m = 0; m < Shape::kMaskWords; ++m) {
       if (m == kReach) continue;
       const Status other = load_status(&inside(word + m - kReach));
-      beaten |= (better[m] & other.accepted) != 0;
+      loses |= (better[m] & other.accepted) != 0;
       waiting |= (better[m] & ~(other.accepted | other.dropped)) != 0;
     }
-    const uint32_t near = better[kReach], bit = 1u << lane_id();
-    bool changed = false;
+    bool open = !((own.accepted | own.dropped) >> lane_id() & 1);
+    uint32_t lost = __ballot_sync(kFullWarp, open && loses);
+    own.dropped |= lost, open &= !loses;
+    bool changed = lost != 0;
+    // From here on an open token has no accepted better neighbour: the vote that accepted one dropped it.
+    uint32_t pending = near & ~own.dropped;
     for (;;) {
-      const bool open = !((own.accepted | own.dropped) & bit);
-      const bool loses = beaten || (near & own.accepted);
-      const uint32_t won =
-          __ballot_sync(kFullWarp, open && !loses && !waiting && !(near & ~(own.accepted | own.dropped)));
-      own.accepted |= won;
-      const uint32_t lost = __ballot_sync(kFullWarp, open && (loses || (near & won)));
-      own.dropped |= lost;
-      if ((won | lost) == 0) break;
+      const bool wins = open && !waiting && pending == 0;
+      const uint32_t won = __ballot_sync(kFullWarp, wins);
+      if (won == 0) break;
+      const bool falls = open && (near & won) != 0;
+      lost = __ballot_sync(kFullWarp, falls);
+      own.accepted |= won, own.dropped |= lost;
+      pending &= ~lost;
+      open = open && !wins && !falls;
       changed = true;
     }
     if (changed && lane_id() == 0) store_status(&inside(word), own), store_status(outside(word), own);
@@ -165,23 +172,32 @@ struct TileVisit {
     return __ballot_sync(kFullWarp, open) == 0;
   }
 
-  // True if the whole tile is settled. A chain may run either way, so sweeps alternate.
+  // True if the whole tile is settled. A chain may run either way, so sweeps alternate; once nothing moves, news can
+  // only come in at the ends of the warp's words.
   __device__ bool run(bool alone) {
-    constexpr int kIdleSweeps = 64;  // before a shared block turns to its next tile
-    const int first = warp_id() * Shape::kWarpWords;
-    int idle = 0;
+    constexpr int kIdlePolls = 64;  // before a shared block turns to its next tile
+    constexpr int kEnd = kReach < Shape::kWarpWords ? kReach : Shape::kWarpWords;
+    const int first = warp_id() * Shape::kWarpWords, last = first + Shape::kWarpWords - 1;
     for (int w = lane_id(); w < Shape::kWarpWords; w += 32) {
       if (in_row(first + w)) store_status(outside(first + w), load_status(&inside(first + w)));
     }
-    while (!settled(first, Shape::kWarpWords) && (alone || idle < kIdleSweeps)) {
+    bool moved = true;
+    for (int idle = 0; alone || idle < kIdlePolls; idle = moved ? 0 : idle + 1) {
+      bool done = false;
+      while (moved && !done) {
+        moved = false;
+        for (int w = first; w <= last; ++w) moved |= advance_word(w);
+        for (int w = last; w >= first; --w) moved |= advance_word(w);
+        __syncwarp();
+        done = settled(first, Shape::kWarpWords);
+      }
+      if (done) break;
       refresh_edges(first);
       __syncwarp();
-      bool changed = false;
-      for (int w = 0; w < Shape::kWarpWords; ++w) changed |= advance_word(first + w);
-      for (int w = Shape::kWarpWords - 1; w >= 0; --w) changed |= advance_word(first + w);
-      idle = changed ? 0 : idle + 1;
-      __syncwarp();
+      moved = false;
+      for (int w = 0; w < kEnd; ++w) moved |= advance_word(first + w) | advance_word(last - w);
     }
+    __syncwarp();
     return __syncthreads_and(settled(first, Shape::kWarpWords));
   }
 };

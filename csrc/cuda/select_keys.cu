@@ -2,9 +2,9 @@
 // One thread block a list. Tokens inherit their chunk's score, so the cut-off is a weighted selection over chunks, the
 // weight being the tokens that a chunk adds to the forced ones (device/radix_select.h); no sort, no token scores.
 //
-// Runs come out of one walk over the chunks in order of position. Where "kept" turns on or off is an event: events
-// alternate start, end, start, end, so event number e of the list is simply entry e of the flattened [R, 2] output, and
-// numbering them is one prefix sum a tile.
+// Runs come out of bit words, one bit a chunk. Where "kept" turns on or off is an event: events alternate start, end,
+// start, end, so event number e of the list is simply entry e of the flattened [R, 2] output, and numbering them is one
+// prefix sum of population counts. Only chunks with an event (some 200 of 8,192) are looked at again.
 #include <algorithm>
 
 #include "cuda/device/candidates.h"
@@ -40,14 +40,24 @@ struct RunWriter {
   }
 };
 
+constexpr int kWords = 256;  // of 32 chunks, one a thread: a tile of 8,192 chunks
+
 template <int kThreads>
 struct Shared {
+  static_assert(kThreads >= kWords, "a thread owns a word");
   RadixSelect<kThreads> select;
   unsigned warp_state[kThreads / 32];
   int last[2];
+  uint32_t present[kWords], above[kWords], equal[kWords];  // chunks with a free key; better than, equal to the cut-off
 };
 
-constexpr int kItems = 4;  // neighbouring chunks of one thread in the walk
+// The chunks of one word: which are kept, which of them whole, and how much of the one that the cut-off divides.
+struct Word {
+  uint32_t present = 0, kept = 0, divided = 0;
+  int take = 0;  // keys of the divided chunk
+
+  __device__ uint32_t whole() const { return kept & ~divided; }
+};
 
 template <int kThreads>
 struct Selection {
@@ -70,78 +80,98 @@ struct Selection {
         first, last, keys.want, [&](int c) { return key(c); }, [&](int c) { return free_tokens(c); });
   }
 
-  // Whether the nearest non-empty chunk before this thread's is kept to its end. any: this thread has a non-empty
-  // chunk; full: its last one is kept to its end. carry: before the tile; updated to after it.
-  __device__ bool kept_before(bool any, bool full, bool& carry) {
-    const unsigned has = __ballot_sync(kFullWarp, any), on = __ballot_sync(kFullWarp, any && full);
-    if (lane_id() == 0) shared.warp_state[warp_id()] = has == 0 ? 2u : on >> (31 - __clz(has)) & 1u;
+  // The words of chunks [tile, min(tile + 32 * kWords, last)), from one vote for 32 chunks.
+  __device__ void vote(int tile, int last) {
+    for (int w = threadIdx.x; w < kWords; w += kThreads) {
+      if (tile + w * 32 >= last) shared.present[w] = shared.above[w] = shared.equal[w] = 0;
+    }
+#pragma unroll 4
+    for (int w = warp_id(); w < kWords; w += kThreads / 32) {
+      if (tile + w * 32 >= last) break;
+      const int chunk = tile + w * 32 + lane_id();
+      const bool present = chunk < last && free_tokens(chunk) > 0;
+      const uint32_t k = present ? key(chunk) : 0;
+      const uint32_t all = __ballot_sync(kFullWarp, present);
+      const uint32_t above = __ballot_sync(kFullWarp, present && k > cutoff.key);
+      const uint32_t equal = __ballot_sync(kFullWarp, present && k == cutoff.key);
+      if (lane_id() == 0) shared.present[w] = all, shared.above[w] = above, shared.equal[w] = equal;
+    }
+    __syncthreads();
+  }
+
+  // This thread's word. Ties: lower chunks first, the last one cut at its end; ties_used counts their keys.
+  __device__ Word decide(int tile, int& ties_used) {
+    Word word;
+    uint32_t equal = 0;
+    if (threadIdx.x < kWords) {
+      word.present = shared.present[threadIdx.x], word.kept = shared.above[threadIdx.x];
+      equal = shared.equal[threadIdx.x];
+    }
+    if (!__syncthreads_or(equal != 0)) return word;
+    const int first = tile + static_cast<int>(threadIdx.x) * 32;
+    int keys_here = 0, total;
+    for (uint32_t bits = equal; bits != 0; bits &= bits - 1) keys_here += free_tokens(first + __ffs(bits) - 1);
+    int used = ties_used + shared.select.scan.exclusive_sum(keys_here, &total);
+    ties_used += total;
+    for (uint32_t bits = equal; bits != 0 && used < cutoff.rest; bits &= bits - 1) {
+      const uint32_t bit = bits & (0u - bits);
+      const int tokens = free_tokens(first + __ffs(bits) - 1);
+      word.kept |= bit;
+      if (used + tokens > cutoff.rest) word.divided = bit, word.take = cutoff.rest - used;
+      used += tokens;
+    }
+    return word;
+  }
+
+  // Whether the nearest present chunk before this thread's word is kept to its end. carry: the same before the tile;
+  // updated to after it.
+  __device__ bool kept_before(const Word& word, bool& carry) {
+    const bool any = word.present != 0, on = any && word.whole() >> (31 - __clz(word.present)) & 1;
+    const unsigned has = __ballot_sync(kFullWarp, any), full = __ballot_sync(kFullWarp, on);
+    if (lane_id() == 0) shared.warp_state[warp_id()] = has == 0 ? 2u : full >> (31 - __clz(has)) & 1u;
     __syncthreads();
     bool before = carry;
-    for (int w = 0; w < kThreads / 32; ++w) {
-      if (w < warp_id() && shared.warp_state[w] != 2) before = shared.warp_state[w];
-      if (shared.warp_state[w] != 2) carry = shared.warp_state[w];
+#pragma unroll
+    for (int w = 0; w < kWords / 32; ++w) {
+      const unsigned state = shared.warp_state[w];
+      if (w < warp_id() && state != 2) before = state;
+      if (state != 2) carry = state;
     }
     const unsigned lower = has & ((1u << lane_id()) - 1);
-    return lower != 0 ? on >> (31 - __clz(lower)) & 1u : before;
+    return lower != 0 ? full >> (31 - __clz(lower)) & 1u : before;
+  }
+
+  // The present chunks whose "kept" differs from what lies before them; chunks without a free key are passed over.
+  __device__ static uint32_t toggles(const Word& word, bool before) {
+    if ((word.present & (word.present + 1)) == 0) {  // no gap
+      return ((word.whole() << 1 | static_cast<uint32_t>(before)) ^ word.kept) & word.present;
+    }
+    uint32_t events = 0;
+    for (uint32_t bits = word.present; bits != 0; bits &= bits - 1) {
+      const uint32_t bit = bits & (0u - bits);
+      if (before != ((word.kept & bit) != 0)) events |= bit;
+      before = word.whole() & bit;
+    }
+    return events;
   }
 
   // Writes the runs of the chunks [first, last) and of the forced keys around them; returns the number of runs.
   __device__ int write_runs(int first, int last, const RunWriter& out) {
     bool kept = keys.free_begin > keys.begin;  // at the walk's position
-    int events = kept, equal_used = 0;
+    int events = kept, ties_used = 0;
     if (kept && threadIdx.x == 0) out.write(0, keys.begin, 1);
-
-    for (int tile = first; tile < last; tile += kThreads * kItems) {
-      uint32_t item_key[kItems];
-      int begin[kItems], take[kItems], tokens[kItems], equal = 0;
-#pragma unroll
-      for (int i = 0; i < kItems; ++i) {
-        const int chunk = tile + static_cast<int>(threadIdx.x) * kItems + i;
-        const bool valid = chunk < last;
-        item_key[i] = valid ? key(chunk) : 0;
-        begin[i] = valid ? free_begin(chunk) : 0;
-        tokens[i] = valid ? free_tokens(chunk) : 0;
-        take[i] = item_key[i] > cutoff.key ? tokens[i] : 0;
-        if (item_key[i] == cutoff.key) equal += tokens[i];
-      }
-      if (__syncthreads_or(equal > 0)) {  // ties: lower chunks first, the last one cut at its end
-        int total;
-        int used = equal_used + shared.select.scan.exclusive_sum(equal, &total);
-        equal_used += total;
-#pragma unroll
-        for (int i = 0; i < kItems; ++i) {
-          if (item_key[i] != cutoff.key) continue;
-          take[i] = min(max(cutoff.rest - used, 0), tokens[i]);
-          used += tokens[i];
-        }
-      }
-
-      bool any = false, full = false;
-#pragma unroll
-      for (int i = 0; i < kItems; ++i) {
-        if (tokens[i] > 0) any = true, full = take[i] == tokens[i];
-      }
-      bool on = kept_before(any, full, kept);
-      const bool on_at_start = on;
-      int mine = 0;
-#pragma unroll
-      for (int i = 0; i < kItems; ++i) {
-        if (tokens[i] == 0) continue;
-        const bool whole = take[i] == tokens[i], part = take[i] > 0 && !whole;
-        mine += (on != (take[i] > 0)) + part;
-        on = whole;
-      }
+    for (int tile = first; tile < last; tile += kWords * 32) {
+      vote(tile, last);
+      const Word word = decide(tile, ties_used);
+      const uint32_t toggled = toggles(word, kept_before(word, kept));
       int total;
-      int event = events + shared.select.scan.exclusive_sum(mine, &total);
+      int event = events + shared.select.scan.exclusive_sum(__popc(toggled) + (word.divided != 0), &total);
       events += total;
-      on = on_at_start;
-#pragma unroll
-      for (int i = 0; i < kItems; ++i) {
-        if (tokens[i] == 0) continue;
-        const bool whole = take[i] == tokens[i], part = take[i] > 0 && !whole;
-        if (on != (take[i] > 0)) out.write(event++, begin[i], events);
-        if (part) out.write(event++, begin[i] + take[i], events);
-        on = whole;
+      for (uint32_t bits = toggled | word.divided; bits != 0; bits &= bits - 1) {
+        const uint32_t bit = bits & (0u - bits);
+        const int begin = free_begin(tile + static_cast<int>(threadIdx.x) * 32 + __ffs(bits) - 1);
+        if (toggled & bit) out.write(event++, begin, events);
+        if (word.divided & bit) out.write(event++, begin + word.take, events);
       }
     }
     __syncthreads();
@@ -160,7 +190,7 @@ struct Selection {
 };
 
 template <int kThreads>
-__global__ void __launch_bounds__(kThreads) select_keys_kernel(Params p) {
+__global__ void __launch_bounds__(kThreads, 1024 / kThreads) select_keys_kernel(Params p) {
   __shared__ Shared<kThreads> shared;
   const int64_t slab_row = blockIdx.x;
   const int pair = p.first_pair + static_cast<int>(slab_row / p.blocks);

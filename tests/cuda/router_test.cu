@@ -1,6 +1,7 @@
 // The CUDA router against host references: boundaries, pooling, chunk scores, selection, sparse_prefill, sparse_decode.
 // Fresh random inputs, poisoned outputs, integer stages bit for bit. `router_test` runs the checks, `router_test time`
-// prints a table of times, `router_test small` is the subset for compute-sanitizer.
+// prints a table of times, `router_test small` is the subset for compute-sanitizer, `router_test profile` makes few
+// calls.
 #include "router_reference.h"
 
 namespace dhsa::test {
@@ -444,15 +445,16 @@ void test_prefill_equals_its_stages() {
 void test_strict() {
   Prefill x(1, 4, 2, 600, 600, 64, DType::kBFloat16, Layout::kTokensFirst);
   SparsePrefill& s = x.stage;
-  s.select_heads = 2, s.q_block = 32, s.choice.budget = 160, s.choice.sink = 8, s.choice.local = 16, s.strict = true;
+  s.select_heads = 2, s.q_block = 16, s.choice.budget = 160, s.choice.sink = 8, s.choice.local = 1, s.strict = true;
+  s.max_chunks = 12;  // chunks longer than a block, so that one which holds p1 has unforced keys
   run_stage(s, "strict");
   const std::vector<uint16_t> fused = x.out.download<uint16_t>();
   const Staged staged(s);
   const std::vector<int> offsets = staged.offsets.get(), count = staged.num_chunks.get();
-  const int64_t blocks = 19, capacity = Staged::capacity(s);
+  const int64_t blocks = 38, capacity = Staged::capacity(s);
   std::vector<float> scores(2 * blocks * capacity);
   for (int64_t block = 0; block < blocks; ++block) {
-    const int end = static_cast<int>(std::min<int64_t>((block + 1) * 32, 600));
+    const int end = static_cast<int>(std::min<int64_t>((block + 1) * 16, 600));
     std::vector<int> cut = offsets;
     for (int& o : cut) o = std::min(o, end);
     Array<int> d_cut(1, capacity + 1);
@@ -473,7 +475,7 @@ void test_strict() {
   }
   const int64_t runs = Staged::run_count(s);
   const Lists lists =
-      select_keys_on_device(scores, offsets, count, 1, 2, blocks, 600, 600, 32, s.choice, runs, "strict");
+      select_keys_on_device(scores, offsets, count, 1, 2, blocks, 600, 600, 16, s.choice, runs, "strict");
   Array<int> d_runs(1, 2, blocks, runs, 2), d_num(1, 2, blocks);
   d_runs.set(lists.runs), d_num.set(lists.num_runs);
   const double error = relative_error(attention_of(s, d_runs.view, d_num.view, x.out), fused);
@@ -668,6 +670,16 @@ void time_decode(int64_t length, int64_t selection_heads) {
               time_stage(stage, 50));
 }
 
+// One call of the large shapes' router, for a profiler.
+void profile() {
+  Prefill x(1, 32, 8, 32768, 32768, 128, DType::kBFloat16, Layout::kTokensFirst);
+  x.stage.select_heads = 8, x.stage.q_block = 64, x.stage.choice.budget = 2048;
+  run_stage(x.stage, "profile S=8");
+  x.stage.select_heads = 1, x.stage.q_block = 128;
+  run_stage(x.stage, "profile S=1");
+  time_decode(131072, 1);
+}
+
 void time_boundaries() {
   constexpr int64_t kLong = 131072;
   for (int pattern = 0; pattern < 7; ++pattern) {
@@ -698,6 +710,7 @@ int run_all(const std::string& mode) {
     time_prefill(131072, 8, 64, Layout::kTokensFirst);
     return 0;
   }
+  if (mode == "profile") return profile(), 0;
   small_run = mode == "small";
   const std::pair<const char*, void (*)()> tests[] = {{"boundary_scores", test_boundary_scores},
                                                       {"select_boundaries", test_select_boundaries},

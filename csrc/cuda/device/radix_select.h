@@ -18,6 +18,7 @@ struct Cutoff {
 template <int kThreads>
 struct RadixSelect {
   static constexpr int kBins = 2048;
+  static constexpr int kCached = 8192 / kThreads;  // keys a thread keeps in registers between passes
   static constexpr int kBinsPerThread = kBins / kThreads;
   static_assert(kBins % kThreads == 0, "each thread walks whole bins");
   int histogram[kBins];
@@ -28,6 +29,16 @@ struct RadixSelect {
   // key(i) and weight(i) for i in [begin, end); weights >= 0, 0 < want <= their sum. Ends with a barrier.
   template <class Key, class Weight>
   __device__ Cutoff select(int begin, int end, int want, Key key, Weight weight) {
+    uint32_t cache[kCached];
+    const bool cached = end - begin <= kCached * kThreads;
+    begin += threadIdx.x;
+    if (cached) {
+#pragma unroll
+      for (int j = 0; j < kCached; ++j) {
+        const int i = begin + j * kThreads;
+        if (i < end) cache[j] = key(i);
+      }
+    }
     uint32_t prefix = 0, known = 0;
 #pragma unroll
     for (int pass = 0; pass < 3; ++pass) {
@@ -36,13 +47,19 @@ struct RadixSelect {
       for (int bin = threadIdx.x; bin < kBins; bin += kThreads) histogram[bin] = 0;
       if (threadIdx.x == 0) found_digit = 0, found_rest = want;
       __syncthreads();
-#pragma unroll 8
-      for (int i = begin + threadIdx.x; i < end; i += kThreads) {
-        const uint32_t k = key(i);
-        if ((k & known) == prefix) {
-          const int w = weight(i);
-          if (w > 0) atomicAdd(&histogram[(k >> shift) & digits], w);
+      const auto count = [&](uint32_t k, int i) {
+        if ((k & known) != prefix) return;
+        const int w = weight(i);
+        if (w > 0) atomicAdd(&histogram[(k >> shift) & digits], w);
+      };
+      if (cached) {
+#pragma unroll
+        for (int j = 0; j < kCached; ++j) {
+          const int i = begin + j * kThreads;
+          if (i < end) count(cache[j], i);
         }
+      } else {
+        for (int i = begin; i < end; i += kThreads) count(key(i), i);
       }
       __syncthreads();
       find_digit(want);
