@@ -148,7 +148,8 @@ def crossing_report(name: str, dense: Run, config: DHSAConfig, layers: int) -> s
     if context is None:
         verdict = "by extrapolation DHSA does not win here at any --context up to a million"
     elif measured:
-        verdict = f"DHSA wins from --context {context} on, as measured"
+        already = "already wins" if context == crossing.lengths[0] else "wins"
+        verdict = f"DHSA {already} at --context {context}, as measured"
     else:
         verdict = f"DHSA wins from about --context {context}, by extrapolating these two points"
     return (
@@ -229,6 +230,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             "(the paper's protocol keeps every key for the prompt's last 64 tokens, so for the question, and decodes "
             "densely: its answers say little about its choice of keys)"
         )
+    print(
+        "Local layers, projections and MLPs are the same work on every side: differences there are this machine's noise."
+    )
     print("\nwhen does it pay?")
     for preset, config in configs.items():
         print(f"- {crossing_report(preset, first[0], config, layers)}.", flush=True)
