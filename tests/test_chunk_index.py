@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+
 from dhsa_ext import ops
 from dhsa_ext.chunk_index import ChunkIndex
 

@@ -231,7 +231,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "densely: its answers say little about its choice of keys)"
         )
     print(
-        "Local layers, projections and MLPs are the same work on every side: differences there are this machine's noise."
+        "Local layers, projections and MLPs do the same work everywhere: differences there are the machine's noise."
     )
     print("\nwhen does it pay?")
     for preset, config in configs.items():
