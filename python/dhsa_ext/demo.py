@@ -230,9 +230,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "(the paper's protocol keeps every key for the prompt's last 64 tokens, so for the question, and decodes "
             "densely: its answers say little about its choice of keys)"
         )
-    print(
-        "Local layers, projections and MLPs do the same work everywhere: differences there are the machine's noise."
-    )
+    print("Local layers, projections and MLPs do the same work everywhere: differences there are the machine's noise.")
     print("\nwhen does it pay?")
     for preset, config in configs.items():
         print(f"- {crossing_report(preset, first[0], config, layers)}.", flush=True)
