@@ -31,15 +31,15 @@ struct BoundaryScores {
 
 // The learned detector: same shape and meaning as boundary_scores (SPEC: "The learned boundary predictor").
 struct BoundaryLogits {
-  Tensor k;                                     // [B, Hkv, Lk, D]; C_in = Hkv * D
-  Tensor in_proj_weight, in_proj_bias;          // [3 C_in, C_in], [3 C_in]
-  Tensor out_proj_weight, out_proj_bias;        // [C_in, C_in], [C_in]
-  Tensor norm_weight, norm_bias;                // [C_in]
-  Tensor gate_weight, gate_bias;                // [1, C_in], [1], or not given: mean pooling
-  Tensor fc1_weight, fc1_bias;                  // [256, 4 C_in + 1], [256]
-  Tensor fc2_weight, fc2_bias;                  // [1, 256], [1]
+  Tensor k;                               // [B, Hkv, Lk, D]; C_in = Hkv * D
+  Tensor in_proj_weight, in_proj_bias;    // [3 C_in, C_in], [3 C_in]
+  Tensor out_proj_weight, out_proj_bias;  // [C_in, C_in], [C_in]
+  Tensor norm_weight, norm_bias;          // [C_in]
+  Tensor gate_weight, gate_bias;          // [1, C_in], [1], or not given: mean pooling
+  Tensor fc1_weight, fc1_bias;            // [256, 4 C_in + 1], [256]
+  Tensor fc2_weight, fc2_bias;            // [1, 256], [1]
   int64_t num_heads = 8, window = 4;
-  Tensor logits;                                // out: [B, Lk] float32
+  Tensor logits;  // out: [B, Lk] float32
 };
 
 // 2. Greedy non-maximum suppression of the scores into half-open, rising chunk offsets.
@@ -59,7 +59,7 @@ struct ChunkPool {
   Tensor offsets, num_chunks;  // [B, C + 1] int32, [B] int32
   int64_t heads = 1;           // S: divides Hx (mean over consecutive groups), or is divided by it (repeats)
   PoolScale scale = PoolScale::kSqrt;
-  Tensor pooled;               // out: [B, S, C, D] float32
+  Tensor pooled;  // out: [B, S, C, D] float32
 };
 
 // The same over fixed blocks of q_block queries.
@@ -81,7 +81,7 @@ struct TokenScores {
   Tensor chunk_scores;         // [B, S, nQ, C] float32
   Tensor offsets, num_chunks;  // [B, C + 1] int32, [B] int32
   int64_t seqlen_k = 0;
-  Tensor scores;               // out: [B, S, nQ, Lk] float32
+  Tensor scores;  // out: [B, S, nQ, Lk] float32
 };
 
 // 6. The kept keys of each query block as half-open, rising, disjoint, merged runs; unused entries are 0.
@@ -90,7 +90,7 @@ struct SelectKeys {
   Tensor offsets, num_chunks;  // [B, C + 1] int32, [B] int32
   int64_t seqlen_q = 0, seqlen_k = 0, q_block = 64;
   KeyChoice choice;
-  Tensor runs, num_runs;       // out: [B, S, nQ, R, 2] int32, [B, S, nQ] int32
+  Tensor runs, num_runs;  // out: [B, S, nQ, R, 2] int32, [B, S, nQ] int32
 };
 int64_t run_capacity(int64_t chunk_capacity, int64_t budget, int64_t min_chunk);  // R of select_keys
 
@@ -101,7 +101,7 @@ struct ChunkMass {
   Tensor offsets, num_chunks;  // [B, C + 1] int32, [B] int32
   int64_t seqlen_k = 0, q_block = 64, q_stride = 8;
   Softmax softmax;
-  Tensor scores, row_lse;      // out: [B, S, nQ, C] float32, [B, H, nQ, ceil(q_block / q_stride)] float32
+  Tensor scores, row_lse;  // out: [B, S, nQ, C] float32, [B, H, nQ, ceil(q_block / q_stride)] float32
 };
 
 // 6, accurate: the forced keys, then the best of the first refine * (budget - forced) candidates by their own logits.
@@ -113,7 +113,7 @@ struct RefineKeys {
   int64_t q_block = 64, refine = 1, q_stride = 8;
   KeyChoice choice;
   Softmax softmax;
-  Tensor runs, num_runs;       // out: [B, S, nQ, R, 2] int32, [B, S, nQ] int32
+  Tensor runs, num_runs;  // out: [B, S, nQ, R, 2] int32, [B, S, nQ] int32
 };
 int64_t refined_run_capacity(int64_t seqlen_k, int64_t budget);  // R of refine_keys
 
@@ -123,7 +123,7 @@ struct SparseAttention {
   Tensor runs, num_runs;  // [B, S, nQ, R, 2] int32, [B, S, nQ] int32; any content is safe
   int64_t q_block = 64;
   Softmax softmax;
-  Tensor out, lse;        // out: q's dtype, any strides of the adapter's; [B, H, Lq] float32, natural log
+  Tensor out, lse;  // out: q's dtype, any strides of the adapter's; [B, H, Lq] float32, natural log
 };
 
 // Stages 1 to 7 in one call.

@@ -7,9 +7,7 @@ namespace dhsa {
 
 enum class DType : int32_t { kFloat32, kFloat16, kBFloat16, kInt32 };
 
-inline int64_t element_size(DType dtype) {
-  return dtype == DType::kFloat32 || dtype == DType::kInt32 ? 4 : 2;
-}
+inline int64_t element_size(DType dtype) { return dtype == DType::kFloat32 || dtype == DType::kInt32 ? 4 : 2; }
 
 // A strided view, owned by the adapter. Strides count elements. `data` may be null where the tensor has no element,
 // or, for an optional argument, where it was not given (ndim is 0 then).

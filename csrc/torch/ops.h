@@ -145,8 +145,8 @@ struct Ops {
     p.segment = segment;
     check(p);
     const int64_t capacity = chunk_capacity(scores.size(1), max_chunks, segment);
-    return finish(p, p.offsets, p.num_chunks, scores, {scores.size(0), capacity + 1}, {scores.size(0)},
-                  ScalarType::Int, ScalarType::Int);
+    return finish(p, p.offsets, p.num_chunks, scores, {scores.size(0), capacity + 1}, {scores.size(0)}, ScalarType::Int,
+                  ScalarType::Int);
   }
 
   static TorchTensor chunk_pool(const TorchTensor& x, const TorchTensor& offsets, const TorchTensor& num_chunks,
@@ -192,8 +192,8 @@ struct Ops {
     p.num_chunks = args("num_chunks", num_chunks);
     p.seqlen_k = k_len;
     check(p);
-    return finish(p, p.scores, chunk_scores,
-                  {chunk_scores.size(0), chunk_scores.size(1), chunk_scores.size(2), k_len}, ScalarType::Float);
+    return finish(p, p.scores, chunk_scores, {chunk_scores.size(0), chunk_scores.size(1), chunk_scores.size(2), k_len},
+                  ScalarType::Float);
   }
 
   static Pair select_keys(const TorchTensor& chunk_scores, const TorchTensor& offsets, const TorchTensor& num_chunks,
@@ -353,9 +353,8 @@ struct Ops {
   }
 
   template <class Params>
-  static Pair finish(Params& p, Tensor& out0, Tensor& out1, const TorchTensor& like,
-                     const std::vector<int64_t>& shape0, const std::vector<int64_t>& shape1, ScalarType type0,
-                     ScalarType type1) {
+  static Pair finish(Params& p, Tensor& out0, Tensor& out1, const TorchTensor& like, const std::vector<int64_t>& shape0,
+                     const std::vector<int64_t>& shape1, ScalarType type0, ScalarType type1) {
     TorchTensor result0 = empty(like, shape0, type0), result1 = empty(like, shape1, type1);
     out0 = Arguments("").view("", result0);
     out1 = Arguments("").view("", result1);
@@ -365,8 +364,8 @@ struct Ops {
 
   template <class Params>
   static Pair attend(Params& p, const TorchTensor& q) {
-    return finish(p, p.out, p.lse, q, {q.size(0), q.size(1), q.size(2), q.size(3)},
-                  {q.size(0), q.size(1), q.size(2)}, q.scalar_type(), ScalarType::Float);
+    return finish(p, p.out, p.lse, q, {q.size(0), q.size(1), q.size(2), q.size(3)}, {q.size(0), q.size(1), q.size(2)},
+                  q.scalar_type(), ScalarType::Float);
   }
 };
 
