@@ -331,15 +331,20 @@ __global__ void merge_kernel(MergeParams p) {
   const int head = blockIdx.x, batch = blockIdx.y / p.seqlen_q, u = blockIdx.y % p.seqlen_q;
   const int64_t first = (static_cast<int64_t>(blockIdx.y) * p.heads + head) * p.splits;
   float top = kLowest, sum = 0;
-  for (int i = 0; i < p.splits; ++i) top = fmaxf(top, p.partial_sums[first + i].x);
-  for (int i = threadIdx.x; i < p.splits; i += blockDim.x) factors[i] = exp2f(p.partial_sums[first + i].x - top);
+  for (int i = lane_id(); i < p.splits; i += 32) top = fmaxf(top, p.partial_sums[first + i].x);
+#pragma unroll
+  for (int step = 16; step > 0; step /= 2) top = fmaxf(top, __shfl_xor_sync(kFullWarp, top, step));
+  for (int i = lane_id(); i < p.splits; i += 32) {
+    const float2 part = p.partial_sums[first + i];
+    const float factor = exp2f(part.x - top);
+    sum += part.y * factor;
+    if (warp_id() == 0) factors[i] = factor;
+  }
+  sum = warp_sum(sum);
   __syncthreads();
   float out = 0;
-#pragma unroll 8
-  for (int i = 0; i < p.splits; ++i) {
-    sum += p.partial_sums[first + i].y * factors[i];
-    out += p.partial_out[(first + i) * p.head_dim + threadIdx.x] * factors[i];
-  }
+#pragma unroll 16
+  for (int i = 0; i < p.splits; ++i) out += p.partial_out[(first + i) * p.head_dim + threadIdx.x] * factors[i];
   T* to = static_cast<T*>(p.out) + batch * p.out_batch + head * p.out_head + u * p.out_token + threadIdx.x;
   from_float(sum > 0 ? out / sum : (sum == 0 ? 0.0f : NAN), to);
   if (threadIdx.x == 0) {

@@ -205,8 +205,13 @@ __global__ void __launch_bounds__(kThreads, 1024 / kThreads) select_keys_kernel(
     count = keys.begin < keys.end;
     if (count > 0 && threadIdx.x == 0) out.write(0, keys.begin, 2), out.write(1, keys.end, 2);
   } else {
-    const int first = max(chunks.first_bound_at_or_after(keys.free_begin + 1) - 1, 0);
-    const int last = min(chunks.first_bound_at_or_after(keys.free_end), chunks.count);
+    if (warp_id() < 2) {  // two searches at once: each is a chain of dependent loads
+      const int bound = chunks.first_bound_at_or_after(warp_id() == 0 ? keys.free_begin + 1 : keys.free_end);
+      if (lane_id() == 0) shared.last[warp_id()] = bound;
+    }
+    __syncthreads();
+    const int first = max(shared.last[0] - 1, 0), last = min(shared.last[1], chunks.count);
+    __syncthreads();
     Selection<kThreads> selection = {keys, chunks, p.scores + slab_row * p.capacity, shared};
     selection.choose(first, last);
     count = selection.write_runs(first, last, out);
