@@ -86,7 +86,7 @@ def whole(q, k, v, offsets, counts, case: Case, score="dot", pool="sqrt", refine
 
 
 def comparable(draw, tries=20):
-    """draw() -> (inputs, want, clear), again until half of the rows are clear: a long row has near ties now and then."""
+    """draw() -> (inputs, want, clear), until half of the rows are clear: long rows have near ties now and then."""
     for _ in range(tries):
         inputs, want, clear = draw()
         if clear.numel() == 0 or clear.double().mean() >= 0.5:

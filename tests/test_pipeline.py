@@ -184,7 +184,7 @@ def test_shared_chunks_need_no_second_detector(ops, rng):
 
 
 def test_defaults_are_the_documented_ones(ops, rng):
-    """max_chunks Lk // 16, select_heads Hkv, q_block 64, score dot, pool sqrt, sink 16, local 64, radius 8, window 4."""
+    """max_chunks Lk // 16, heads Hkv, q_block 64, score dot, pool sqrt, sink 16, local 64, radius 8, window 4."""
     q, k, v = qkv(Case("defaults", "", Lq=300), rng)
     spelled = ops.sparse_prefill(
         q, k, v, 160, max_chunks=18, q_block=64, select_heads=2, score="dot", pool="sqrt", refine=0, q_stride=8,

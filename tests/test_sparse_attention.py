@@ -71,7 +71,13 @@ def test_run_lengths_and_alignments(ops, rng, pieces, dtype):
     """The same 96 or so keys in shorter and longer runs that start anywhere: every loader of every kernel."""
     case = Case("runs", "", Lq=96, Lk=700, H=4, Hkv=2, S=1, D=128, q_block=32)
     q, k, v = qkv(case, rng, dtype)
-    length, step = {"single_keys": (1, 7), "one_run": (96, 700), "runs_of_8": (8, 57), "runs_of_37": (37, 211), "every_second_key": (1, 2)}[pieces]  # fmt: skip
+    length, step = {
+        "single_keys": (1, 7),
+        "one_run": (96, 700),
+        "runs_of_8": (8, 57),
+        "runs_of_37": (37, 211),
+        "every_second_key": (1, 2),
+    }[pieces]
     starts = torch.arange(3, 700 - length, step)[:200]
     lists = torch.stack([starts, starts + length], -1).int().expand(1, 1, 3, -1, 2).contiguous()
     counts = torch.full((1, 1, 3), len(starts), dtype=torch.int32)
