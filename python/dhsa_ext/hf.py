@@ -33,6 +33,7 @@ from transformers.masking_utils import causal_mask_function, sdpa_mask
 from . import ops
 from .chunk_index import ChunkIndex
 from .config import DHSAConfig
+from .selection import cut_chunks
 
 logger = logging.getLogger(__name__)
 
@@ -361,13 +362,8 @@ def _update_chunks(
     if not config.share_boundaries:
         return [None] * len(groups)
     if first:
-        model.shared = [_cut(group.keys_of(key), config) for group in groups]
+        model.shared = [cut_chunks(group.keys_of(key), config) for group in groups]
     return model.shared
-
-
-def _cut(k: Tensor, config: DHSAConfig) -> _Boundaries:
-    scores = ops.boundary_scores(k, config.boundary_window)
-    return ops.select_boundaries(scores, config.max_chunks(k.shape[2]), config.nms_radius, config.threshold)
 
 
 def _check_same_cache(model: _ModelState, key: Tensor, groups: list[_Group]) -> None:

@@ -45,18 +45,25 @@ class Selection:
         return (seen[blocks, reach].sum() / reach.sum()).item()
 
 
+def cut_chunks(k: Tensor, config: DHSAConfig) -> tuple[Tensor, Tensor]:
+    """The training-free chunks of k [B, Hkv, Lk, D]: offsets int32 [B, C + 1], num_chunks int32 [B]."""
+    scores = ops.boundary_scores(k, config.boundary_window)
+    return ops.select_boundaries(scores, config.max_chunks(k.shape[2]), config.nms_radius, config.threshold)
+
+
 def choose_keys(
-    q: Tensor, k: Tensor, config: DHSAConfig, *, scale: float | None = None, softcap: float = 0.0
-) -> Selection:
-    """The selection that sparse_prefill makes from q [B, H, Lq, D] and k [B, Hkv, Lk, D] under `config`."""
+    q: Tensor, k: Tensor, config: DHSAConfig, *,
+    scale: float | None = None, softcap: float = 0.0, chunks: tuple[Tensor, Tensor] | None = None,
+) -> Selection:  # fmt: skip
+    """The selection that sparse_prefill makes from q [B, H, Lq, D] and k [B, Hkv, Lk, D] under `config`.
+
+    `chunks`, offsets and num_chunks, replace the training-free ones.
+    """
     if config.strict:
         raise ValueError("dhsa_ext.choose_keys: strict: expected False (the stages score whole chunks), got True")
     seqlen_q, seqlen_k = q.shape[2], k.shape[2]
     heads = config.heads(q.shape[1], k.shape[1])
-    scores = ops.boundary_scores(k, config.boundary_window)
-    offsets, num_chunks = ops.select_boundaries(
-        scores, config.max_chunks(seqlen_k), config.nms_radius, config.threshold
-    )
+    offsets, num_chunks = cut_chunks(k, config) if chunks is None else chunks
     row_lse = None
     if config.score == "mass":
         k_mean = ops.chunk_pool(k, offsets, num_chunks, heads, "mean")
@@ -67,6 +74,7 @@ def choose_keys(
         k_pooled = ops.chunk_pool(k, offsets, num_chunks, heads, config.pool)
         chunk_scores = ops.chunk_scores(ops.query_pool(q, heads, config.q_block), k_pooled)
     sink, local = min(config.sink, seqlen_k), min(config.local, seqlen_k)
+    min_chunk = config.nms_radius + 1 if chunks is None else 1
     if config.refine:
         runs, num_runs = ops.refine_keys(
             q, k, chunk_scores, row_lse, offsets, num_chunks, config.q_block, config.budget, config.refine,
@@ -76,6 +84,6 @@ def choose_keys(
     else:
         runs, num_runs = ops.select_keys(
             chunk_scores, offsets, num_chunks, seqlen_q, seqlen_k, config.q_block, config.budget,
-            sink=sink, local=local, dense_tail=config.dense_tail, min_chunk=config.nms_radius + 1,
+            sink=sink, local=local, dense_tail=config.dense_tail, min_chunk=min_chunk,
         )  # fmt: skip
     return Selection(offsets, num_chunks, runs, num_runs, config.q_block, seqlen_q, seqlen_k)
