@@ -121,8 +121,11 @@ def _torch_candidates(env: Mapping[str, str]) -> Iterator[tuple[str, Path | None
 
 def _parent_python() -> Path | None:
     """The interpreter that runs our parent, under the name it was started by (which says its environment)."""
+    parent = Path(f"/proc/{os.getppid()}")
     try:
-        command = Path(f"/proc/{os.getppid()}/cmdline").read_bytes().split(b"\0")[0].decode()
+        command = parent.joinpath("cmdline").read_bytes().split(b"\0")[0].decode()
+        if "/" in command:  # as seen from where the parent stands: a build of an sdist runs in another folder
+            command = str(parent.joinpath("cwd").readlink() / command)
     except OSError:
         return None
     found = shutil.which(command) if Path(command).name.startswith("python") else None

@@ -133,6 +133,23 @@ def test_a_clean_child_sees_the_torch_that_isolation_hides(tmp_path: Path) -> No
     assert Path(done.stdout.strip()).samefile(Path(torch.__file__).parent)
 
 
+def test_the_interpreter_that_started_the_build_is_found_by_a_relative_name(tmp_path: Path) -> None:
+    # As `.venv/bin/python -m build` runs the backend: from another folder, in an environment without torch.
+    backend = "import dhsa_machine; print(dhsa_machine._parent_python())"
+    script = (
+        "import subprocess, sys; "
+        f"subprocess.run([sys.executable, '-c', {backend!r}], cwd={str(tmp_path / 'elsewhere')!r}, check=True)"
+    )
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "python").symlink_to(sys.executable)
+    done = subprocess.run(
+        ["bin/python", "-c", script], env={"PYTHONPATH": str(ROOT / "build_tools")}, cwd=tmp_path,
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert done.stdout.strip() == str(tmp_path / "bin" / "python")
+
+
 def test_dhsa_torch_dir_overrides(tmp_path: Path) -> None:
     folder = put_torch(tmp_path, "2.12.1+mine")
     found = dhsa_machine.find_torch({"DHSA_TORCH_DIR": str(folder)})
