@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# The C++ tests for ARM64, without one: cross-compiled into a static binary and run under qemu as each CPU model, on
+# every ISA that the model has. run_arm.sh [GOOGLETEST ARGUMENTS]; CPUS, JOBS and DHSA_TEST_SEED as they say.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+cmake --preset aarch64 >/dev/null
+cmake --build build/aarch64 --target dhsa_test -j "${JOBS:-2}"
+binary=build/aarch64/tests/cpp/dhsa_test
+
+# Cortex-A72: Raspberry Pi 4, plain armv8-a. Cortex-A76: Raspberry Pi 5, float16 and dot products. max: all there is.
+for cpu in ${CPUS:-cortex-a72 cortex-a76 max}; do
+  echo "qemu -cpu $cpu"
+  for isa in $(qemu-aarch64-static -cpu "$cpu" "$binary" --isas); do
+    DHSA_FORCE_ISA=$isa qemu-aarch64-static -cpu "$cpu" "$binary" --gtest_brief=1 "$@"
+  done
+done

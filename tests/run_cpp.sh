@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+# Builds the C++ tests and runs them on every ISA that the machine has: run_cpp.sh [GOOGLETEST ARGUMENTS]
+# DHSA_TEST_SEED repeats a run; JOBS is the number of compilers at once.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+preset=${PRESET:-tests}
+cmake --preset "$preset" >/dev/null
+cmake --build "build/$preset" --target dhsa_test -j "${JOBS:-2}"
+binary=build/$preset/tests/cpp/dhsa_test
+
+# A sanitizer's own calls are baseline code, but its weak symbols are everywhere: only the plain build tells of leaks.
+[[ $preset == tests ]] && tests/cpp/isa_leak.sh "build/$preset/libdhsa_core.a"
+if DHSA_FORCE_ISA=none "$binary" --gtest_filter=None >/dev/null 2>&1; then
+  echo "DHSA_FORCE_ISA=none: expected a failure, got success" >&2
+  exit 1
+fi
+for isa in $("$binary" --isas); do
+  DHSA_FORCE_ISA=$isa "$binary" --gtest_brief=1 "$@"
+done
