@@ -219,6 +219,7 @@ __device__ inline void consume(const AttentionParams& p, const Smem<C>& smem, co
       if (item.num_rows <= 0) continue;
       gather_queries<T, C::kHeadDim, C::kBlockM, 64 * kHalves, 4>(smem.q, p, item, warpgroup * kHalves * 64, warp,
                                                                   lane);
+      cp_async_commit();  // a wait sees committed groups only
       break;
     }
     return index;
