@@ -34,6 +34,7 @@ class Needle:
     answer: str
     begin: int  # the fact's tokens
     end: int
+    question_begin: int = 0  # the question's first token
 
     def is_right(self, generated: str) -> bool:
         """True if the first number written is the answer: an answer buried in further guesses does not count."""
@@ -50,8 +51,8 @@ def read_text(file: Path | None) -> str:
     return "\n\n".join(topics[name] for name in sorted(topics))
 
 
-def hide(text: str, tokenizer: Tokenizer, bos: list[int], length: int, seed: int) -> Needle:
-    """Hide a fact at a depth between 0.1 and 0.9 of a piece of `text`; seed picks the piece, the fact and the depth.
+def hide(text: str, tokenizer: Tokenizer, bos: list[int], length: int, seed: int, depth: float | None = None) -> Needle:
+    """Hide a fact in a piece of `text`, at `depth` (0 to 1); seed picks the piece, the fact, and a depth not given.
 
     ValueError if the text or the length is too short.
     """
@@ -74,10 +75,10 @@ def hide(text: str, tokenizer: Tokenizer, bos: list[int], length: int, seed: int
             f"dhsa_ext.demo: text: expected at least {room} tokens for a context of {length}, got {len(text_ids)}"
         )
     text_ids = text_ids[:room]
-    depth = rng.uniform(0.1, 0.9)
+    depth = rng.uniform(0.1, 0.9) if depth is None else depth
     at = int(depth * room)
     while at > 0 and not tokenizer.decode(text_ids[at - 1 : at]).endswith("\n"):
         at -= 1
     begin = len(bos) + at
     ids = bos + text_ids[:at] + fact_ids + text_ids[at:] + question_ids
-    return Needle(ids, fact.strip(), question.strip(), answer, begin, begin + len(fact_ids))
+    return Needle(ids, fact.strip(), question.strip(), answer, begin, begin + len(fact_ids), length - len(question_ids))
