@@ -13,10 +13,10 @@ B is for a whole prefill with a q_block that divides 128.
 from __future__ import annotations
 
 import torch
-from shapes import Shape
 from torch import Tensor
 
 import dhsa_ext
+from shapes import Shape
 
 Lists = tuple[Tensor, Tensor]
 BLOCK = 128  # keys of a block of lists B

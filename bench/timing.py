@@ -37,12 +37,13 @@ SETTLED = 30  # rounds after which more would not move a median
 
 @dataclass
 class Contestant:
-    """Something to time. `check` looks at the answer of one call and raises AssertionError where it is wrong."""
+    """Something to time: `make()` gives the call, `check` raises AssertionError where one call's answer is wrong."""
 
     name: str
-    call: Callable[[], Any]
+    make: Callable[[], Callable[[], Any]]
     check: Callable[[Any], None] | None = None
     calls: int = 0  # calls timed together; 0: as many as fill GRAPH_MS
+    memory: bool = False  # whether its extra memory is measured
 
 
 @dataclass
@@ -55,6 +56,7 @@ class Timing:
     rounds: int
     how: str
     cpu_ms: float | None = None
+    extra_mib: float | None = None
 
 
 @dataclass
@@ -75,34 +77,31 @@ class _Runner:
     calls: int
     how: str
     estimate_ms: float  # of run()
+    extra_mib: float | None = None
     rounds: int = 0
     wall: list[float] = field(default_factory=list)
     cpu: list[float] = field(default_factory=list)
 
 
-def measure(contestants: Iterable[Contestant], device: str, seconds: float = 0.5) -> dict[str, Timing | Failure]:
-    """Check each contestant's answer, then time all of them in turn, about `seconds` each and at least 3 rounds.
+def measure(
+    contestants: Iterable[Contestant], device: str, seconds: float = 0.5, least: int = 3
+) -> dict[str, Timing | Failure]:
+    """Check each contestant's answer, then time all of them in turn, about `seconds` each and at least `least` rounds.
 
-    A contestant that raises, at any point, gets a Failure and the others go on.
+    A contestant that raises, at any point, gets a Failure and the others go on; all end where the GPU is lost.
     """
     results: dict[str, Timing | Failure] = {}
     runners: dict[str, _Runner] = {}
-    prepare = _graphed if device == "cuda" else _called
     for contestant in contestants:
         try:
             with torch.inference_mode():
-                answer = contestant.call()
-                if contestant.check is not None:
-                    contestant.check(answer)
-                del answer
-                runner = prepare(contestant)
-            wanted = int(seconds * 1e3 / max(runner.estimate_ms, 1e-6))
-            runner.rounds = max(3, min(SETTLED, wanted))
+                runner = _prepared(contestant, device)
+            runner.rounds = max(least, min(SETTLED, int(seconds * 1e3 / max(runner.estimate_ms, 1e-6))))
             runners[contestant.name] = runner
         except Exception as error:
             results[contestant.name] = Failure.of(error)
             if device_lost(device):
-                break
+                return results
     longest = max((r.rounds for r in runners.values()), default=0)
     time_once = _time_by_events if device == "cuda" else _time_by_clock
     with torch.inference_mode():
@@ -115,16 +114,28 @@ def measure(contestants: Iterable[Contestant], device: str, seconds: float = 0.5
                     time_once(runner)
                 except Exception as error:
                     results[name] = Failure.of(error)
-    for name, runner in runners.items():
-        if name not in results:
-            results[name] = _summary(runner)
-    return results
+                    if device_lost(device):
+                        return results
+    return results | {name: _summary(runner) for name, runner in runners.items() if name not in results}
+
+
+def _prepared(contestant: Contestant, device: str) -> _Runner:
+    call = contestant.make()
+    answer = call()
+    if contestant.check is not None:
+        contestant.check(answer)
+    del answer
+    extra = extra_bytes(call, device) / 2**20 if contestant.memory else None
+    runner = (_graphed if device == "cuda" else _called)(call, contestant.calls)
+    runner.extra_mib = extra
+    return runner
 
 
 def _summary(runner: _Runner) -> Timing:
-    low, median, high = statistics.quantiles(runner.wall, n=4)
+    wall = runner.wall * 2 if len(runner.wall) == 1 else runner.wall
+    low, median, high = statistics.quantiles(wall, n=4, method="inclusive")
     cpu = statistics.median(runner.cpu) if runner.cpu else None
-    return Timing(median, low, high, len(runner.wall), runner.how, cpu)
+    return Timing(median, low, high, len(runner.wall), runner.how, cpu, runner.extra_mib)
 
 
 def _time_by_clock(runner: _Runner) -> None:
@@ -156,23 +167,23 @@ def _repeat(call: Callable[[], Any], calls: int) -> Callable[[], None]:
     return run
 
 
-def _called(contestant: Contestant) -> _Runner:
+def _called(call: Callable[[], Any], calls: int) -> _Runner:
     begin = time.perf_counter_ns()
-    contestant.call()
+    call()
     once = (time.perf_counter_ns() - begin) / 1e6
-    calls = contestant.calls or max(1, min(1000, int(GRAPH_MS / max(once, 1e-3))))
-    return _Runner(_repeat(contestant.call, calls), calls, f"wall clock, {calls} calls", once * calls)
+    calls = calls or max(1, min(1000, int(GRAPH_MS / max(once, 1e-3))))
+    return _Runner(_repeat(call, calls), calls, f"wall clock, {calls} calls", once * calls)
 
 
-def _graphed(contestant: Contestant) -> _Runner:
+def _graphed(call: Callable[[], Any], calls: int) -> _Runner:
     torch.cuda.synchronize()
-    once = _events_ms(lambda: contestant.call() and None)
-    calls = contestant.calls or max(1, min(50, int(GRAPH_MS / max(once, 1e-3))))
+    once = _events_ms(_repeat(call, 1))
+    calls = calls or max(1, min(50, int(GRAPH_MS / max(once, 1e-3))))
     graph = torch.cuda.CUDAGraph()
     try:
         with torch.cuda.graph(graph):
             for _ in range(calls):
-                contestant.call()
+                call()
         graph.replay()
         torch.cuda.synchronize()
         return _Runner(graph.replay, calls, f"CUDA graph of {calls}", _events_ms(graph.replay))
@@ -180,7 +191,7 @@ def _graphed(contestant: Contestant) -> _Runner:
         if device_lost("cuda"):
             raise
         how = f"plain calls, no graph ({Failure.of(error).why[:80]})"
-        return _Runner(_repeat(contestant.call, calls), calls, how, once * calls)
+        return _Runner(_repeat(call, calls), calls, how, once * calls)
 
 
 def device_lost(device: str) -> bool:
