@@ -44,45 +44,18 @@ TEST(ChunkPool, one_long_chunk) {
 TEST(ChunkPool, no_token) { compare(Array(DType::kFloat32, {1, 2, 0, 8}), 1, PoolScale::kMean, Chunks(1, 3, 0)); }
 
 TEST(ChunkPool, malformed_offsets_read_nothing_outside) {
-  Array x(DType::kFloat16, {1, 1, 9, 8}), offsets(DType::kInt32, {1, 7}), num_chunks(DType::kInt32, {1});
-  Array pooled(DType::kFloat32, {1, 1, 6, 8});
-  x.fill_normal();
-  const double malformed[] = {-7, 5, 2, 1e9, -1e9, 9, 40};
-  for (int64_t c = 0; c < 7; ++c) offsets.put({0, c}, malformed[c]);
-  ChunkPool p;
-  p.x = x.tensor;
-  p.offsets = offsets.tensor;
-  p.num_chunks = num_chunks.tensor;
-  p.pooled = pooled.tensor;
-  for (const double count : {-3.0, 6.0, 1e9}) {
-    num_chunks.put({0}, count);
+  for (int round = 0; round < rounds(50); ++round) {
+    Array offsets(DType::kInt32, {1, 7}), num_chunks(DType::kInt32, {1}), pooled(DType::kFloat32, {1, 1, 6, 8});
+    const Array x = Array(DType::kFloat16, {1, 1, 9, 8}).fill_normal();
+    offsets.fill_malformed(9);
+    num_chunks.fill_malformed(7);
+    ChunkPool p;
+    p.x = x.tensor;
+    p.offsets = offsets.tensor;
+    p.num_chunks = num_chunks.tensor;
+    p.pooled = pooled.tensor;
     run_stage(p);
     for (int64_t i = 0; i < pooled.size; ++i) EXPECT_TRUE(std::isfinite(pooled.flat(i)));
-  }
-}
-
-TEST(QueryPool, last_block_is_short) {
-  for (const int64_t q_block : {1, 7, 16, 100}) {
-    for (const int64_t heads : {1, 2, 8}) {
-      const Array q = Array(DType::kBFloat16, {2, 8, 45, 16}, true).fill_normal();
-      const int64_t blocks = (45 + q_block - 1) / q_block;
-      Array pooled(DType::kFloat32, {2, heads, blocks, 16});
-      QueryPool p;
-      p.q = q.tensor;
-      p.heads = heads;
-      p.q_block = q_block;
-      p.pooled = pooled.tensor;
-      run_stage(p);
-      for (int64_t b = 0; b < 2; ++b) {
-        for (int64_t s = 0; s < heads; ++s) {
-          for (int64_t j = 0; j < blocks; ++j) {
-            const int64_t end = std::min<int64_t>(45, (j + 1) * q_block);
-            const Row want = pool(q, b, s, heads, j * q_block, end, PoolScale::kSqrt);
-            for (int64_t d = 0; d < 16; ++d) expect_score(pooled.at({b, s, j, d}), want[d]);
-          }
-        }
-      }
-    }
   }
 }
 

@@ -32,23 +32,5 @@ TEST(ChunkScores, no_row_or_no_column) {
   compare(5, 0, 8);
 }
 
-TEST(TokenScores, gaps_and_tails_are_minus_infinity) {
-  const Chunks chunks(2, 9, 50, false);
-  const Array from = Array(DType::kFloat32, {2, 2, 3, 9}).fill_normal();
-  Array to(DType::kFloat32, {2, 2, 3, 50});
-  TokenScores p;
-  p.chunk_scores = from.tensor;
-  p.offsets = chunks.offsets.tensor;
-  p.num_chunks = chunks.num_chunks.tensor;
-  p.seqlen_k = 50;
-  p.scores = to.tensor;
-  run_stage(p);
-  for (int64_t row = 0; row < 12; ++row) {
-    const Row want = token_scores(chunks.offsets, chunks.num_chunks, row / 6, 50,
-                                  [&](int64_t c) { return from.at({row / 6, row / 3 % 2, row % 3, c}); });
-    for (int64_t t = 0; t < 50; ++t) EXPECT_EQ(to.at({row / 6, row / 3 % 2, row % 3, t}), want[t]);
-  }
-}
-
 }  // namespace
 }  // namespace dhsa::test

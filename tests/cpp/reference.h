@@ -79,6 +79,12 @@ inline Row row_of(const Array& x, int64_t b, int64_t h, int64_t t) {
   return row;
 }
 
+inline Row scores_of(const Array& x, int64_t b, int64_t s, int64_t j) {  // the last dimension of [B, S, nQ, C]
+  Row scores(x.dim(3));
+  for (int64_t c = 0; c < x.dim(3); ++c) scores[c] = x.at({b, s, j, c});
+  return scores;
+}
+
 struct Geometry {  // of one query block
   int64_t first, last, p0, p1, window;
   Geometry(int64_t j, int64_t q_block, int64_t seqlen_q, int64_t seqlen_k, int64_t window)
@@ -92,13 +98,30 @@ struct Geometry {  // of one query block
 
 inline double ordered(double score) { return std::isnan(score) ? -kInf : score; }
 
-// The first `count` keys of `keys` by falling score, ties to the lower index, rising.
-inline std::vector<int64_t> best(std::vector<int64_t> keys, const Row& score, int64_t count) {
+// Keys that are kept, rising. They are certain if no other key's score lies so near the cut-off that float32 could
+// choose differently: within 1e-4 times the largest score.
+struct Kept {
+  std::vector<int64_t> keys;
+  bool certain = true;
+};
+
+// The first `count` keys of `keys` by falling score, ties to the lower index.
+inline Kept best(std::vector<int64_t> keys, const Row& score, int64_t count) {
   std::stable_sort(keys.begin(), keys.end(),
                    [&](int64_t x, int64_t y) { return ordered(score[x]) > ordered(score[y]); });
+  Kept kept;
+  if (count > 0 && count < static_cast<int64_t>(keys.size())) {
+    double largest = 0;
+    for (const int64_t key : keys) largest = std::max(largest, std::isfinite(score[key]) ? std::fabs(score[key]) : 0);
+    const double last = ordered(score[keys[count - 1]]), next = ordered(score[keys[count]]);
+    const auto near = [&](double a, double b) { return a != b && std::fabs(a - b) <= 1e-4 * largest; };
+    kept.certain = !near(last, next);
+    for (const int64_t key : keys) kept.certain &= last != next || !near(ordered(score[key]), last);
+  }
   keys.resize(std::min<int64_t>(count, static_cast<int64_t>(keys.size())));
   std::sort(keys.begin(), keys.end());
-  return keys;
+  kept.keys = keys;
+  return kept;
 }
 
 struct Split {  // a block's candidates: forced ones and the others, and how many of the others are kept
@@ -113,32 +136,117 @@ struct Split {  // a block's candidates: forced ones and the others, and how man
     const int64_t all = static_cast<int64_t>(forced.size() + others.size());
     room = std::max<int64_t>(0, std::min(c.budget, all) - static_cast<int64_t>(forced.size()));
   }
+  Kept with(Kept kept) const {  // the forced keys beside those
+    kept.keys.insert(kept.keys.end(), forced.begin(), forced.end());
+    std::sort(kept.keys.begin(), kept.keys.end());
+    return kept;
+  }
 };
 
-// token_scores of one list: score(c) for the tokens of chunk c, -inf outside.
-inline Row token_scores(const Array& offsets, const Array& num_chunks, int64_t b, int64_t length,
-                        const std::function<double(int64_t)>& score) {
-  Row tokens(length, -kInf);
-  for (int64_t c = 0; c < static_cast<int64_t>(num_chunks.at({b})); ++c) {
-    for (auto t = static_cast<int64_t>(offsets.at({b, c})); t < static_cast<int64_t>(offsets.at({b, c + 1})); ++t) {
-      tokens[t] = score(c);
-    }
+// One batch row's chunks, as half-open ranges inside [0, length).
+struct ChunkRow {
+  std::vector<std::pair<int64_t, int64_t>> chunks;
+  int64_t length, covered = 0;  // keys from `covered` on belong to no chunk
+
+  ChunkRow(const Array& offsets, const Array& num_chunks, int64_t b, int64_t length) : length(length) {
+    const auto at = [&](int64_t c) { return std::min(length, static_cast<int64_t>(offsets.at({b, c}))); };
+    for (int64_t c = 0; c < static_cast<int64_t>(num_chunks.at({b})); ++c) chunks.emplace_back(at(c), at(c + 1));
+    covered = at(static_cast<int64_t>(chunks.size()));
+  }
+  int64_t size() const { return static_cast<int64_t>(chunks.size()); }
+};
+
+// Each token its chunk's score, -inf outside.
+inline Row token_scores(const ChunkRow& row, const Row& chunk_scores) {
+  Row tokens(row.length, -kInf);
+  for (int64_t c = 0; c < row.size(); ++c) {
+    for (int64_t t = row.chunks[c].first; t < row.chunks[c].second; ++t) tokens[t] = chunk_scores[c];
   }
   return tokens;
 }
 
-inline int64_t covered(const Array& offsets, const Array& num_chunks, int64_t b) {
-  return static_cast<int64_t>(offsets.at({b, static_cast<int64_t>(num_chunks.at({b}))}));
+inline bool dense(const Geometry& g, const KeyChoice& c, int64_t seqlen_q) { return g.last >= seqlen_q - c.dense_tail; }
+
+inline Kept select_keys(const Geometry& g, const KeyChoice& c, int64_t seqlen_q, const ChunkRow& row,
+                        const Row& chunk_scores) {
+  const Split split(g, c, row.covered);
+  const int64_t room = dense(g, c, seqlen_q) ? row.length : split.room;
+  return split.with(best(split.others, token_scores(row, chunk_scores), room));
 }
 
-inline std::vector<int64_t> select_keys(const Geometry& g, const KeyChoice& c, int64_t seqlen_q, int64_t covered,
-                                        const Row& tokens) {
-  const Split split(g, c, covered);
-  const bool dense = g.last >= seqlen_q - c.dense_tail;
-  std::vector<int64_t> kept = best(split.others, tokens, dense ? g.p1 + 1 : split.room);
-  kept.insert(kept.end(), split.forced.begin(), split.forced.end());
-  std::sort(kept.begin(), kept.end());
-  return kept;
+inline double capped(double logit, double softcap) {
+  return softcap > 0 ? softcap * std::tanh(logit / softcap) : logit;
+}
+
+inline double log_sum_exp(const Row& x) {
+  const double peak = x.empty() ? -kInf : *std::max_element(x.begin(), x.end());
+  double sum = 0;
+  for (const double value : x) sum += std::exp(value - peak);
+  return peak == -kInf ? -kInf : peak + std::log(sum);
+}
+
+struct Mass {
+  Row scores;                // [C]
+  std::vector<Row> row_lse;  // [heads][rows]
+};
+
+// chunk_mass of the query heads [first, first + heads); mean(c) is the chunk's mean key.
+inline Mass chunk_mass(const Array& q, int64_t b, int64_t first, int64_t heads, const Geometry& g, int64_t q_stride,
+                       const Softmax& softmax, const ChunkRow& row, const std::function<Row(int64_t)>& mean) {
+  Mass mass{Row(row.size(), 0.0), std::vector<Row>(heads)};
+  const double rows = static_cast<double>(heads * ((g.last - g.first) / q_stride + 1));
+  for (int64_t h = 0; h < heads; ++h) {
+    for (int64_t i = g.last; i >= g.first; i -= q_stride) {
+      const Row query = row_of(q, b, first + h, i);
+      Row z(row.size(), -kInf);
+      for (int64_t c = 0; c < row.size(); ++c) {
+        const auto [begin, end] = row.chunks[c];
+        if (begin == end || begin > g.p1 || (g.window > 0 && end <= g.p0 - g.window + 1)) continue;
+        const double logit = capped(softmax.scale * dot(query, mean(c)), softmax.softcap);
+        z[c] = std::isfinite(logit) ? logit + std::log(static_cast<double>(end - begin)) : -kInf;
+      }
+      const double lse = log_sum_exp(z);
+      mass.row_lse[h].push_back(lse);
+      for (int64_t c = 0; c < row.size(); ++c) {
+        if (z[c] == -kInf) continue;
+        mass.scores[c] += std::exp(z[c] - lse) / rows / static_cast<double>(row.chunks[c].second - row.chunks[c].first);
+      }
+    }
+  }
+  return mass;
+}
+
+// The scores that refine_keys gives to tokens, for list s of `lists`. row_lse empty: score "dot".
+inline Row key_scores(const Array& q, const Array& k, int64_t b, int64_t s, int64_t lists, const Geometry& g,
+                      int64_t q_stride, const Softmax& softmax, const std::vector<Row>& row_lse) {
+  const int64_t heads = q.dim(1) / lists, group = q.dim(1) / k.dim(1);
+  Row scores(k.dim(2), 0.0);
+  if (row_lse.empty()) {
+    const Row query = pool(q, b, s, lists, g.first, g.last + 1, PoolScale::kSqrt);
+    for (int64_t j = 0; j <= g.p1; ++j) scores[j] = dot(query, pool(k, b, s, lists, j, j + 1, PoolScale::kSum));
+    return scores;
+  }
+  for (int64_t h = 0; h < heads; ++h) {
+    for (size_t u = 0; u < row_lse[h].size(); ++u) {
+      const Row query = row_of(q, b, s * heads + h, g.last - static_cast<int64_t>(u) * q_stride);
+      for (int64_t j = 0; j <= g.p1; ++j) {
+        const double logit = softmax.scale * dot(query, row_of(k, b, (s * heads + h) / group, j));
+        scores[j] += std::min(1.0, std::exp(capped(logit, softmax.softcap) - row_lse[h][u]));
+      }
+    }
+  }
+  return scores;
+}
+
+inline Kept refine_keys(const Geometry& g, const KeyChoice& c, int64_t seqlen_q, int64_t refine, const ChunkRow& row,
+                        const Row& chunk_scores, const std::function<Row()>& key_scores) {
+  const Split split(g, c, row.covered);
+  if (dense(g, c, seqlen_q)) return split.with({split.others});
+  const Kept coarse = best(split.others, token_scores(row, chunk_scores), refine * split.room);
+  const bool all = static_cast<int64_t>(coarse.keys.size()) <= split.room;
+  Kept fine = all ? coarse : best(coarse.keys, key_scores(), split.room);
+  fine.certain &= coarse.certain;
+  return split.with(fine);
 }
 
 // Merged runs; past the capacity the first R - 1 and the last stay.
@@ -155,27 +263,24 @@ inline std::vector<std::pair<int64_t, int64_t>> runs_of(const std::vector<int64_
   return runs;
 }
 
-inline double capped(double logit, double softcap) {
-  return softcap > 0 ? softcap * std::tanh(logit / softcap) : logit;
-}
-
 // out and lse of one query over a list of keys; keys that it may not see are left out.
 inline std::pair<Row, double> attend(const Array& q, const Array& k, const Array& v, int64_t b, int64_t h, int64_t i,
                                      const std::vector<int64_t>& keys, const Softmax& softmax) {
   const int64_t kv = h / (q.dim(1) / k.dim(1)), p = k.dim(2) - q.dim(2) + i;
-  Row out(q.dim(3), 0.0);
-  double sum = 0, peak = -kInf;
-  std::vector<std::pair<int64_t, double>> logits;
+  const Row query = row_of(q, b, h, i);
+  Row out(q.dim(3), 0.0), logits;
+  std::vector<int64_t> seen;
   for (const int64_t j : keys) {
     if (j > p || (softmax.window > 0 && j <= p - softmax.window)) continue;
-    logits.emplace_back(j, capped(softmax.scale * dot(row_of(q, b, h, i), row_of(k, b, kv, j)), softmax.softcap));
-    peak = std::max(peak, logits.back().second);
+    seen.push_back(j);
+    logits.push_back(capped(softmax.scale * dot(query, row_of(k, b, kv, j)), softmax.softcap));
   }
-  for (const auto& [j, logit] : logits) sum += std::exp(logit - peak);
-  for (const auto& [j, logit] : logits) {
-    for (int64_t d = 0; d < q.dim(3); ++d) out[d] += std::exp(logit - peak) / sum * v.at({b, kv, j, d});
+  const double lse = log_sum_exp(logits);
+  for (size_t n = 0; n < seen.size(); ++n) {
+    const Row value = row_of(v, b, kv, seen[n]);
+    for (int64_t d = 0; d < q.dim(3); ++d) out[d] += std::exp(logits[n] - lse) * value[d];
   }
-  return {out, logits.empty() ? -kInf : peak + std::log(sum)};
+  return {out, lse};
 }
 
 }  // namespace dhsa::test

@@ -17,6 +17,10 @@
 #include <thread>
 #include <vector>
 
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#endif
+
 #include "core/half.h"
 #include "dhsa.h"
 
@@ -40,27 +44,52 @@ inline std::mt19937_64& rng() {
 inline double normal() { return std::normal_distribution<double>()(rng()); }
 inline int64_t draw(int64_t low, int64_t high) { return std::uniform_int_distribution<int64_t>(low, high)(rng()); }
 
-// Bytes that end at a page nobody may touch, and begin behind another; filled with 0xff: NaN, or -1.
+// n random rounds, or DHSA_TEST_ROUNDS percent of them, where every instruction is emulated.
+inline int rounds(int n) {
+  static const int percent = [] {
+    const char* given = std::getenv("DHSA_TEST_ROUNDS");
+    return given != nullptr ? std::atoi(given) : 100;
+  }();
+  return std::max(1, n * percent / 100);
+}
+
+#if defined(__SANITIZE_ADDRESS__)
+inline void forbid(const void* at, int64_t bytes) { __asan_poison_memory_region(at, bytes); }
+inline void permit(const void* at, int64_t bytes) { __asan_unpoison_memory_region(at, bytes); }
+#else
+inline void forbid(const void*, int64_t) {}
+inline void permit(const void*, int64_t) {}
+#endif
+
+// Bytes that end at a page nobody may touch, and begin behind another; filled with 0xff: NaN, or -1. Data start at a
+// multiple of 16 bytes, of 64 if they are a multiple of 64 long; the sanitizer forbids what alignment leaves over.
 class Guarded {
  public:
   explicit Guarded(int64_t bytes) {
-    const int64_t page = sysconf(_SC_PAGESIZE), body = (bytes + page - 1) / page * page;
-    size_ = body + 2 * page;
-    base_ = static_cast<char*>(mmap(nullptr, size_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
+    const int64_t page = sysconf(_SC_PAGESIZE);
+    body_ = (bytes + page - 1) / page * page;
+    base_ =
+        static_cast<char*>(mmap(nullptr, body_ + 2 * page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
     if (base_ == MAP_FAILED) throw std::bad_alloc();
     mprotect(base_, page, PROT_NONE);
-    mprotect(base_ + page + body, page, PROT_NONE);
-    data_ = base_ + page + body - (bytes + 15) / 16 * 16;
-    std::memset(base_ + page, 0xff, body);
+    mprotect(base_ + page + body_, page, PROT_NONE);
+    std::memset(base_ + page, 0xff, body_);
+    data_ = base_ + page + body_ - (bytes + 15) / 16 * 16;
+    forbid(base_ + page, body_);
+    permit(data_, bytes);
   }
-  ~Guarded() { munmap(base_, size_); }
+  ~Guarded() {
+    const int64_t page = sysconf(_SC_PAGESIZE);
+    permit(base_ + page, body_);
+    munmap(base_, body_ + 2 * page);
+  }
   Guarded(const Guarded&) = delete;
   Guarded& operator=(const Guarded&) = delete;
   char* data() const { return data_; }
 
  private:
   char *base_, *data_;
-  int64_t size_;
+  int64_t body_;
 };
 
 // A tensor with its memory. heads_last stores [B, heads, L, D] as [B, L, heads, D].
@@ -101,9 +130,37 @@ class Array {
   double flat(int64_t i) const {  // of a contiguous array
     return tensor.dtype == DType::kFloat32 ? tensor.as<float>()[i] : tensor.as<int32_t>()[i];
   }
+  Array& fill(double value) {
+    for (int64_t i = 0; i < size; ++i) store(i, value);
+    return *this;
+  }
   Array& fill_normal(double scale = 1.0) {
     for (int64_t i = 0; i < size; ++i) store(i, scale * normal());
     return *this;
+  }
+  Array& fill_integers(int64_t low, int64_t high) {
+    for (int64_t i = 0; i < size; ++i) store(i, static_cast<double>(draw(low, high)));
+    return *this;
+  }
+  // Indices that nobody should pass: around [0, high], negative, or far away.
+  Array& fill_malformed(int64_t high) {
+    for (int64_t i = 0; i < size; ++i) {
+      const int64_t kind = draw(0, 5);
+      tensor.as<int32_t>()[i] = kind == 0   ? std::numeric_limits<int32_t>::min()
+                                : kind == 1 ? std::numeric_limits<int32_t>::max()
+                                            : static_cast<int32_t>(draw(-high, 2 * high));
+    }
+    return *this;
+  }
+  Array copy() const {
+    Array other = *this;
+    other.memory_ = std::make_shared<Guarded>(size * element_size(tensor.dtype));
+    other.tensor.data = other.memory_->data();
+    std::memcpy(other.tensor.data, tensor.data, size * element_size(tensor.dtype));
+    return other;
+  }
+  bool same_bits(const Array& other) const {  // of arrays of one shape and layout
+    return std::memcmp(tensor.data, other.tensor.data, size * element_size(tensor.dtype)) == 0;
   }
   int64_t dim(int i) const { return tensor.shape[i]; }
 
@@ -148,10 +205,9 @@ class Threads final : public cpu::Executor {
 template <class P>
 void run_stage(const P& p, int workers = 3) {
   check(p);
-  const Guarded workspace(cpu::workspace_bytes(p, workers) + 64);
-  const uintptr_t base = reinterpret_cast<uintptr_t>(workspace.data());
-  // The guard page lies less than 64 bytes behind the last byte that the stage may use.
-  cpu::run(p, reinterpret_cast<void*>((base + 63) / 64 * 64), Threads(workers));
+  const int64_t bytes = cpu::workspace_bytes(p, workers);
+  ASSERT_EQ(bytes % 64, 0);
+  cpu::run(p, Guarded(bytes).data(), Threads(workers));
 }
 
 constexpr DType kFloatTypes[] = {DType::kFloat32, DType::kFloat16, DType::kBFloat16};
