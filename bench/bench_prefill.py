@@ -62,7 +62,8 @@ class Target:
             return "met" if (value >= bar if self.more else value <= bar) else "MISSED"
 
         aim = "" if self.aim is None else f", aim {self.aim:g}: {met(self.aim)}"
-        return f"{self.row:10} {self.contestant:18} {self.figure:13} {value:9.3f}   must {self.must:g}: {met(self.must)}{aim}"
+        where = f"{self.row:10} {self.contestant:20} {self.figure:13}"
+        return f"{where} {value:9.3f}   must {self.must:g}: {met(self.must)}{aim}"
 
 
 TARGETS = (
@@ -211,7 +212,7 @@ def prefill_row(row: str, shape: Shape, names: Sequence[str], run: Run) -> None:
         if name != kind and kind in field._lists:
             found[name]["histogram"] = histogram(field.lists(kind))
         for other, time in results.items():
-            if other.startswith("sdpa") and isinstance(time, Timing):
+            if other.startswith("sdpa") and other != name and isinstance(time, Timing):
                 found[name][f"x_{other}"] = round(time.ms / result.ms, 3)
     ours, alone = results.get("whole"), results.get("attention A")
     if isinstance(ours, Timing) and isinstance(alone, Timing):
@@ -221,13 +222,12 @@ def prefill_row(row: str, shape: Shape, names: Sequence[str], run: Run) -> None:
         # Blocks of the tail keep more than the budget, so the budget's work is not what it did.
         found["whole tail 64"].pop("tflops")
         found["whole tail 64"]["times_whole"] = round(tail.ms / ours.ms, 4)
-    run.report(
-        row, shape, found, [show_histogram(kind, lists) for kind, lists in field._lists.items() if kind in "ABC"]
-    )
+    notes = [show_histogram(kind, lists) for kind, lists in field._lists.items() if kind in "ABC"]
+    run.report(row, shape, {name: found[name] for name in names if name in found}, notes)
 
 
 def decode_row(row: str, run: Run) -> None:
-    """One query over a long cache, 50 calls a graph: the same cache again, and eight caches (as many layers) in turn."""
+    """One query over a long cache, 50 calls a graph: one cache again and again, and eight (as many layers) in turn."""
     one, per_kv = (run.sized(shape) for shape in GPU_DECODE.values())
     field = Field(one, run.device, run.dtype)
     q, k, v = field.q, field.k, field.v
@@ -236,7 +236,7 @@ def decode_row(row: str, run: Run) -> None:
     def sparse(shape: Shape, over: Sequence[tuple[Tensor, Tensor]]) -> Callable[[], Any]:
         chunks = [dhsa_ext.select_boundaries(dhsa_ext.boundary_scores(k), shape.max_chunks) for k, _ in over]
         pooled = [dhsa_ext.chunk_pool(k, *c, shape.select_heads) for (k, _), c in zip(over, chunks, strict=True)]
-        options = dict(sink=shape.sink, local=shape.local, min_chunk=shape.nms_radius + 1)
+        options: dict[str, Any] = dict(sink=shape.sink, local=shape.local, min_chunk=shape.nms_radius + 1)
         turn = 0
 
         def call() -> Any:
@@ -252,16 +252,18 @@ def decode_row(row: str, run: Run) -> None:
         return peers.sdpa(q, k, v, backend)
 
     def right(shape: Shape) -> Callable[[Any], None]:
-        lists = paper_lists(q, k, shape)
-        exact = exact_rows(q, k, v, lists, shape, field.rows)
-        return lambda answer: check_rows(answer, exact, field.rows, run.dtype)
+        def check(answer: Any) -> None:
+            exact = exact_rows(q, k, v, paper_lists(q, k, shape), shape, field.rows)
+            check_rows(answer, exact, field.rows, run.dtype)
+
+        return check
 
     calls = 2 if run.tiny else 50
     contestants = [
         Contestant("sparse_decode S=1", lambda: sparse(one, caches[:1]), right(one), calls),
         Contestant("sparse_decode S=Hkv", lambda: sparse(per_kv, caches[:1]), right(per_kv), calls),
-        Contestant("sparse_decode S=1, 8 caches", lambda: sparse(one, caches), None, calls),
-        Contestant("sparse_decode S=Hkv, 8 caches", lambda: sparse(per_kv, caches), None, calls),
+        Contestant("sparse_decode S=1, 8 caches", lambda: sparse(one, caches), right(one), calls),
+        Contestant("sparse_decode S=Hkv, 8 caches", lambda: sparse(per_kv, caches), right(per_kv), calls),
         Contestant("sdpa flash", lambda: dense("flash"), field.checker("all"), calls),
         Contestant("sdpa cudnn", lambda: dense("cudnn"), field.checker("all"), calls),
     ]
@@ -269,7 +271,8 @@ def decode_row(row: str, run: Run) -> None:
     if timing.device_lost(run.device):
         run.lost(row, results)
     found = {}
-    for name, result in results.items():
+    for name in (c.name for c in contestants if c.name in results):
+        result = results[name]
         found[name] = {"row": row, "contestant": name, **sizes(one), **timed(result)}
         if isinstance(result, Timing):
             keys = one.seqlen_k if name.startswith("sdpa") else one.budget
@@ -286,10 +289,29 @@ def curve_row(row: str, run: Run) -> None:
     else:
         shapes = [base.but(budget=budget) for budget in ([512, 1024] if run.tiny else GPU_BUDGETS)]
     for shape in shapes:
-        names = ("whole", "attention A", *PEERS)
+        names: tuple[str, ...] = ("whole", "attention A", *PEERS)
         if row == "budgets" and shape is not shapes[0]:
             names = ("whole", "attention A", "sdpa cudnn")  # dense time does not change with the budget
         prefill_row(row, shape, names, run)
+
+
+def ceilings_row(row: str, run: Run) -> None:
+    """What the GPU itself does in this run: a square product and a copy, to read the other figures against."""
+    n, size = (256, 2**16) if run.tiny else (8192, 2**30)
+    a, b = (torch.randn(n, n, device=run.device, dtype=run.dtype) for _ in range(2))
+    x, y = (torch.empty(size, device=run.device, dtype=torch.uint8) for _ in range(2))
+    results = measure(
+        [Contestant("product", lambda: lambda: a @ b), Contestant("copy", lambda: lambda: y.copy_(x))],
+        run.device, run.seconds,
+    )  # fmt: skip
+    print(f"\n[{row}] product of {n} x {n}, copy of {size / 2**20:g} MiB (read and write counted)")
+    for name, work, unit in (("product", 2 * n**3 / 1e9, "tflops"), ("copy", 2 * size / 1e6, "gb_per_s")):
+        result = results[name]
+        cells = {"row": row, "contestant": name, **timed(result)}
+        if isinstance(result, Timing):
+            cells |= {unit: round(work / result.ms, 1)}
+            print(f"  {name:30} {result.ms:9.3f} ms, {cells[unit]} {'TFLOP/s' if unit == 'tflops' else 'GB/s'}")
+        run.results.add(cells)
 
 
 def sizes(shape: Shape) -> dict[str, Any]:
@@ -316,7 +338,7 @@ PREFILL_ROWS: dict[str, tuple[str, tuple[str, ...]]] = {  # row: shape, contesta
     "blocks-128k": ("128k", _BLOCKS),
 }
 CURVE_ROWS = ("lengths", "budgets")
-ROWS = (*list(PREFILL_ROWS)[:4], "decode", *list(PREFILL_ROWS)[4:], *CURVE_ROWS)
+ROWS = ("ceilings", *list(PREFILL_ROWS)[:4], "decode", *list(PREFILL_ROWS)[4:], *CURVE_ROWS)
 
 
 class Run:
@@ -347,18 +369,22 @@ class Run:
             prefill_row(row, self.sized(GPU[shape]), names, self)
         elif row == "decode":
             decode_row(row, self)
+        elif row == "ceilings":
+            ceilings_row(row, self)
         elif row in CURVE_ROWS:
             curve_row(row, self)
         else:
             raise ValueError(f"no row is called {row!r}; the rows are {', '.join(ROWS)}")
 
     def report(self, row: str, shape: Shape, found: dict[str, dict[str, Any]], notes: list[str]) -> None:
-        print(f"\n{shape}\n  {shape.why}")
+        print(f"\n[{row}] {shape}\n  {shape.why}")
         for note in notes:
             print(f"  {note}")
         for name, cells in found.items():
             self.results.add(cells)
             print(f"  {name:30} {show(cells)}", flush=True)
+        if self.tiny:
+            return  # what follows is about the real sizes
         for name, ms in QUOTED.get(row, {}).items():
             ours = found.get("whole", {}).get("ms")
             print(f"  {name:30} {ms:9.3f} ms quoted, attention alone" + (f", {ms / ours:.2f} x whole" if ours else ""))
@@ -434,7 +460,9 @@ def main() -> None:
     chosen = arguments()
     run = Run(chosen)
     print(run.results.head())
-    if chosen.device == "cuda" and "H100" not in torch.cuda.get_device_name():
+    if chosen.tiny:
+        print("In miniature: every code path, and times that say nothing about the real sizes.")
+    elif "H100" not in torch.cuda.get_device_name():
         print("The targets are for one H100; this is another GPU.")
     for row in run.rows:
         try:
@@ -447,13 +475,14 @@ def main() -> None:
         if run.device == "cuda":
             torch.cuda.empty_cache()
     rows = run.results.data["rows"]
-    print("\ntargets")
-    print("\n".join(verdicts(rows)) or "  none of these rows has one")
+    if not chosen.tiny:
+        print("\ntargets")
+        print("\n".join(verdicts(rows)) or "none of these rows has one")
     for line in plot.break_even(rows, "whole", "sdpa cudnn" if chosen.device == "cuda" else "sdpa flash"):
         print(line)
     if chosen.plot:
         print(plot.draw_file(run.results.path))
-    print(f"results: {os.path.relpath(run.results.path)}")
+    print(f"results: {run.results.path.name}")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ line. All are causal, none gets expanded keys.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
@@ -105,12 +105,16 @@ def flex_lists(q: Tensor, k: Tensor, v: Tensor, lists: Lists, shape: Shape, bloc
 
 
 def _flex(
-    q: Tensor, k: Tensor, v: Tensor, blocks: tuple[Tensor | None, ...], size: tuple[int, int], mask: Callable
+    q: Tensor, k: Tensor, v: Tensor, blocks: Sequence[Tensor | None], size: tuple[int, int], mask: Callable
 ) -> Call:
+    """`blocks` are the counts and indices of masked blocks, then those of blocks that are seen whole, or None."""
     from torch.nn.attention.flex_attention import BlockMask
 
+    counts, indices, full_counts, full_indices = blocks
+    assert counts is not None and indices is not None
     block_mask = BlockMask.from_kv_blocks(
-        *blocks, BLOCK_SIZE=size, mask_mod=mask, seq_lengths=(q.shape[2], k.shape[2]), compute_q_blocks=False
+        counts, indices, full_counts, full_indices, BLOCK_SIZE=size, mask_mod=mask,
+        seq_lengths=(q.shape[2], k.shape[2]), compute_q_blocks=False,
     )  # fmt: skip
     flex, grouped = _compiled_flex(), q.shape[1] != k.shape[1]
     return lambda: flex(q, k, v, block_mask=block_mask, enable_gqa=grouped)

@@ -7,6 +7,7 @@ writes FILE.png beside it, and prints where the sparse whole begins to win. Curv
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import sys
@@ -32,7 +33,7 @@ def crossing(ours: list[tuple[float, float]], theirs: list[tuple[float, float]])
     """The x where ours / theirs is 1, straight in the logarithms between the two points around it; None: nowhere."""
     other = dict(theirs)
     points = [(math.log(x), math.log(ms / other[x])) for x, ms in ours if x in other]
-    for (x0, y0), (x1, y1) in zip(points, points[1:], strict=False):
+    for (x0, y0), (x1, y1) in itertools.pairwise(points):
         if y0 == 0 or y0 * y1 < 0:
             return math.exp(x0 + (x1 - x0) * y0 / (y0 - y1))
     return None
