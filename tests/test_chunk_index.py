@@ -126,6 +126,26 @@ def test_given_boundaries_replace_the_cuts():
     assert int(index.num_chunks[0]) > 3 and int(index.offsets[0, 3]) == 120
 
 
+def test_segments_cut_a_prefix_as_they_cut_the_whole():
+    k = topical_keys(2, 2, 200, 8, seed=3)
+    whole, part = ChunkIndex(2, segment=64), ChunkIndex(2, segment=64)
+    whole.prefill(k)
+    part.prefill(k[:, :, :128])
+    for row in range(2):
+        cuts = whole.offsets[row, : int(whole.num_chunks[row]) + 1].tolist()
+        assert {64, 128, 192, 200} <= set(cuts)
+        assert part.offsets[row, : int(part.num_chunks[row]) + 1].tolist() == [cut for cut in cuts if cut <= 128]
+
+
+def test_a_forced_cut_lowers_no_bar():
+    """Constant keys have no accepted cut but at segments, so the tail is cut at its bound alone."""
+    k = torch.ones(1, 1, 300, 8)
+    index = ChunkIndex(1, segment=50, threshold=0.5)
+    index.prefill(k[:, :, :100])
+    index.extend(k[:, :, 100:])
+    assert index.offsets[0, : int(index.num_chunks[0]) + 1].tolist() == [0, 50, 100, 164, 228, 292]
+
+
 def test_prefill_starts_anew():
     k = topical_keys(1, 1, 200, 8, seed=6)
     used, fresh = ChunkIndex(1), ChunkIndex(1)

@@ -150,6 +150,23 @@ def test_a_prompt_in_pieces_equals_the_models_own_attention(name, padding):
     torch.testing.assert_close(got[mask.bool()], expected[mask.bool()], **CLOSE)
 
 
+@pytest.mark.parametrize("decode", ["dense", "sparse"])
+@pytest.mark.parametrize("name", MODELS)
+def test_generate_with_a_prefill_in_pieces_equals_the_models_own_attention(name, decode):
+    model, own = build(name, DHSAConfig("accurate", budget=128, segment=16, decode=decode, **SETTINGS))
+    ids, mask = prompts("left")
+
+    def run():
+        return model.generate(
+            ids, attention_mask=mask, max_new_tokens=6, do_sample=False, prefill_chunk_size=16, output_logits=True,
+            return_dict_in_generate=True,
+        )  # fmt: skip
+
+    expected, got = own_and_dhsa(model, own, run)
+    torch.testing.assert_close(torch.stack(got.logits), torch.stack(expected.logits), **CLOSE)
+    assert torch.equal(got.sequences, expected.sequences)
+
+
 def test_no_cache_and_no_mask():
     model, own = build("qwen3", DHSAConfig(budget=128, **SETTINGS))
     ids, _ = prompts("none")
@@ -171,6 +188,23 @@ def test_bfloat16_model():
 def tight(**changes) -> DHSAConfig:
     """Half of 150 keys; without refinement, so that the chunks alone decide."""
     return DHSAConfig("accurate", budget=76, refine=0, **{**SETTINGS, **changes})
+
+
+@pytest.mark.parametrize("share", [False, True])
+@pytest.mark.parametrize("decode", ["dense", "sparse"])
+def test_pieces_of_whole_segments_choose_as_one_prefill(decode, share):
+    """At half the budget: the same chunks, so the same keys, so the same logits and the same next token."""
+    model, _ = build("llama", tight(segment=48, decode=decode, share_boundaries=share))
+    model.set_attn_implementation("dhsa")
+    ids, _ = prompts("none", length=150)
+    whole = model(ids, use_cache=True)
+    cache, logits = DynamicCache(config=model.config), []
+    for begin in range(0, 150, 48):
+        logits.append(model(ids[:, begin : begin + 48], past_key_values=cache).logits)
+    torch.testing.assert_close(torch.cat(logits, dim=1), whole.logits, **CLOSE)
+    token = whole.logits[:, -1:].argmax(-1)
+    after_pieces = model(token, past_key_values=cache).logits
+    torch.testing.assert_close(after_pieces, model(token, past_key_values=whole.past_key_values).logits, **CLOSE)
 
 
 def greedy(model, ids, steps, attention_mask=None):

@@ -26,6 +26,7 @@ class ChunkIndex:
     heads           S, selection heads of the chunk vectors: 1, Hkv or a multiple that the query heads fit
     scale           "sqrt", "mean" or "sum": the scaling of `pooled` ("mean" for score "mass")
     chunk_size      prefill cuts at most max(1, Lk // chunk_size) chunks
+    segment         0, or prefill also cuts at every multiple of it, each segment with a quota of its own
     nms_radius      tokens; less than 64, the longest open chunk
     boundary_window, threshold    as in ops.boundary_scores and ops.select_boundaries
     """
@@ -39,6 +40,7 @@ class ChunkIndex:
         nms_radius: int = 8,
         boundary_window: int = 4,
         threshold: float | None = None,
+        segment: int = 0,
     ) -> None:
         if not 0 <= nms_radius < MAX_OPEN_CHUNK:
             raise ValueError(f"dhsa_ext.ChunkIndex: nms_radius: expected 0 to {MAX_OPEN_CHUNK - 1}, got {nms_radius}")
@@ -49,6 +51,7 @@ class ChunkIndex:
                 raise ValueError(f"dhsa_ext.ChunkIndex: {name}: expected at least 1, got {value}")
         self.heads, self.scale, self.chunk_size = heads, scale, chunk_size
         self.nms_radius, self.window, self.threshold = nms_radius, boundary_window, threshold
+        self.segment = segment
         self.length = 0  # keys seen
 
     def prefill(
@@ -61,12 +64,14 @@ class ChunkIndex:
             raise ValueError("dhsa_ext.ChunkIndex.prefill: offsets, num_chunks: expected both or neither, got one")
         scores = ops.boundary_scores(k, self.window)
         if offsets is None or num_chunks is None:
-            quota = max(1, k.shape[2] // self.chunk_size)
-            offsets, num_chunks = ops.select_boundaries(scores, quota, self.nms_radius, self.threshold)
+            quota = max(1, (self.segment or k.shape[2]) // self.chunk_size)
+            offsets, num_chunks = ops.select_boundaries(scores, quota, self.nms_radius, self.threshold, self.segment)
         self.length = k.shape[2]
         # Interior cuts are the accepted candidates; the lowest of their scores is the bar for later cuts.
         columns = torch.arange(offsets.shape[1], device=k.device)
         interior = (columns > 0) & (columns < num_chunks[:, None])
+        if self.segment:
+            interior &= offsets % self.segment != 0  # a forced cut was accepted by no score
         padded = torch.cat([scores, scores.new_full((scores.shape[0], 1), math.inf)], dim=1)
         accepted = padded.gather(1, offsets.long().clamp(max=self.length)).masked_fill(~interior, math.inf)
         self._bars: list[float] = accepted.amin(dim=1).tolist()

@@ -43,6 +43,8 @@ class DHSAConfig:
     min_length      attention over fewer keys than this is dense; None: the budget, below which both are the same
     share_boundaries  True: the first DHSA layer of a forward pass cuts the chunks and the others reuse them
     chunk_size      mean length of a chunk: at most max(1, Lk // chunk_size) of them
+    segment         0, or a forced cut at every multiple of it, with a quota of chunks for each segment: a prompt that
+                    comes in pieces of `segment` tokens is cut as in one prefill, generate(prefill_chunk_size=segment)
     nms_radius, boundary_window, threshold, strict   as in sparse_prefill
 
     Raises ValueError for an unknown name, a size out of range, or a budget that cannot hold its forced keys.
@@ -64,6 +66,7 @@ class DHSAConfig:
     min_length: int | None = None
     share_boundaries: bool = False
     chunk_size: int = 16
+    segment: int = 0
     nms_radius: int = 8
     boundary_window: int = 4
     threshold: float | None = None
@@ -82,7 +85,7 @@ class DHSAConfig:
         _one_of("decode", self.decode, ("dense", "sparse"))
         for name in ("q_block", "q_stride", "chunk_size", "boundary_window"):
             _at_least(name, getattr(self, name), 1)
-        for name in ("refine", "sink", "local", "dense_tail", "nms_radius", "min_length"):
+        for name in ("refine", "sink", "local", "dense_tail", "nms_radius", "min_length", "segment"):
             if getattr(self, name) is not None:
                 _at_least(name, getattr(self, name), 0)
         if self.budget < self.smallest_budget:
@@ -114,13 +117,14 @@ class DHSAConfig:
         return {"one": 1, "kv": kv_heads, "query": query_heads}[self.select_heads]
 
     def max_chunks(self, seqlen_k: int) -> int:
-        return max(1, seqlen_k // self.chunk_size)
+        """The quota of chunks: of the whole row, or of one segment."""
+        return max(1, (self.segment or seqlen_k) // self.chunk_size)
 
     def prefill_args(self, query_heads: int, kv_heads: int, seqlen_k: int) -> dict[str, Any]:
         """Keyword arguments of ops.sparse_prefill for this config."""
         same = (
             "budget", "q_block", "score", "pool", "refine", "q_stride", "sink", "local", "dense_tail",
-            "boundary_window", "nms_radius", "threshold", "strict",
+            "boundary_window", "nms_radius", "threshold", "segment", "strict",
         )  # fmt: skip
         arguments = {name: getattr(self, name) for name in same}
         arguments["max_chunks"] = self.max_chunks(seqlen_k)

@@ -8,8 +8,10 @@
 
 Global layers run DHSA, layers with a sliding window keep their own attention. A prompt (T == S) and a piece of one
 (1 < T < S) run sparse_prefill; a new token (T == 1) runs dense attention, or sparse_decode over a ChunkIndex that is
-kept per layer and rebuilt whenever the cache is not the one it was built from. Letters as in the SPEC, with T = Lq new
-tokens and S = Lk cached ones, T included. Of a padded batch, each row is sliced to its real tokens.
+kept per layer and rebuilt whenever the cache is not the one it was built from. A long prompt in pieces keeps the
+activations of one piece: model.generate(..., prefill_chunk_size=4096) under DHSAConfig(segment=4096), which cuts the
+pieces as one prefill would. Letters as in the SPEC, with T = Lq new tokens and S = Lk cached ones, T included. Of a
+padded batch, each row is sliced to its real tokens.
 
 Forward only: call the model under torch.no_grad(). Packed sequences, custom 4-D masks, static caches and bidirectional
 (image) tokens raise NotImplementedError: no mask is ever ignored.
@@ -402,6 +404,7 @@ def _update_indices(
                 nms_radius=config.nms_radius,
                 boundary_window=config.boundary_window,
                 threshold=config.threshold,
+                segment=config.segment,
             )
             for _ in groups
         ]

@@ -48,7 +48,9 @@ class Selection:
 def cut_chunks(k: Tensor, config: DHSAConfig) -> tuple[Tensor, Tensor]:
     """The training-free chunks of k [B, Hkv, Lk, D]: offsets int32 [B, C + 1], num_chunks int32 [B]."""
     scores = ops.boundary_scores(k, config.boundary_window)
-    return ops.select_boundaries(scores, config.max_chunks(k.shape[2]), config.nms_radius, config.threshold)
+    return ops.select_boundaries(
+        scores, config.max_chunks(k.shape[2]), config.nms_radius, config.threshold, config.segment
+    )
 
 
 def choose_keys(
@@ -74,7 +76,7 @@ def choose_keys(
         k_pooled = ops.chunk_pool(k, offsets, num_chunks, heads, config.pool)
         chunk_scores = ops.chunk_scores(ops.query_pool(q, heads, config.q_block), k_pooled)
     sink, local = min(config.sink, seqlen_k), min(config.local, seqlen_k)
-    min_chunk = config.nms_radius + 1 if chunks is None else 1
+    min_chunk = config.nms_radius + 1 if chunks is None and not config.segment else 1
     if config.refine:
         runs, num_runs = ops.refine_keys(
             q, k, chunk_scores, row_lse, offsets, num_chunks, config.q_block, config.budget, config.refine,
