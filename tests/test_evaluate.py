@@ -22,6 +22,7 @@ from dhsa_ext.evaluate_model import Asker, Choice, ChoiceMeter, PolicyAttention
 from dhsa_ext.evaluate_tasks import Question
 from dhsa_ext.meter import LayerInputs
 
+pytestmark = pytest.mark.filterwarnings("ignore:dhsa_ext.policies.oracle")
 TEXT = "\n\n".join(f"Paragraph {i} says nothing of note.\nIt goes on." for i in range(400))
 
 
@@ -163,7 +164,7 @@ def test_policies_are_read_from_words():
     for bad in ("nothing", "coverage:nothing=1", "paper:chunks=3"):
         with pytest.raises(ValueError, match=r"dhsa_ext.evaluate: policies: .*expected"):
             evaluate_model.parse_policy(bad)
-    with pytest.raises(ValueError, match="boundaries: expected training-free or fixed, got 'x'"):
+    with pytest.raises(ValueError, match="boundaries: expected training-free, fixed or a predictor's file, got 'x'"):
         evaluate_model.parse_boundaries("x")
 
 

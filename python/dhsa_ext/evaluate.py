@@ -40,12 +40,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     warnings.showwarning = lambda message, *_: tqdm.write(f"note: {message}", file=sys.stderr)
     try:
-        choices = choices_of(arguments)
         if arguments.model is None:
             print(models.terms(), file=sys.stderr)
         torch.manual_seed(arguments.seed)
         loaded = models.load(arguments.model)
         loaded.model.to(arguments.device)
+        choices = choices_of(arguments, loaded)
         hf.register()
         prompts = prompts_of(arguments, loaded)
         rows, columns = arguments.run(loaded, prompts, choices, arguments)
@@ -70,11 +70,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def choices_of(arguments: argparse.Namespace) -> list[Choice]:
+def choices_of(arguments: argparse.Namespace, loaded: models.LoadedModel) -> list[Choice]:
     """Every policy at every budget, number of selection heads, query block and source of chunks."""
     choices = []
+    chunkers = {source: measure.parse_boundaries(source, loaded.model) for source in arguments.boundaries}
     for text, source in itertools.product(arguments.policies, arguments.boundaries):
-        policy, chunker = measure.parse_policy(text), measure.parse_boundaries(source)
+        policy, chunker = measure.parse_policy(text), chunkers[source]
         for heads, q_block, budget in itertools.product(arguments.heads, arguments.q_block, arguments.budgets):
             config = DHSAConfig(
                 budget=budget, select_heads=heads, q_block=q_block, sink=arguments.sink, local=arguments.local,
@@ -271,7 +272,9 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("--q-stride", type=int, default=8)
         sub.add_argument("--sink", type=int, default=16)
         sub.add_argument("--local", type=int, default=64)
-        sub.add_argument("--boundaries", nargs="+", default=["training-free"], help="training-free or fixed")
+        sub.add_argument(
+            "--boundaries", nargs="+", default=["training-free"], help="training-free, fixed, or a predictor's file"
+        )
         sub.add_argument("--seed", type=int, default=0)
         sub.add_argument("--out", type=Path, default=Path("evaluation"), help="a directory (default evaluation)")
         sub.add_argument("--name", help="of the files written (default: the command's)")

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from .config import DHSAConfig
 from .evaluate_tasks import METRICS, Question
 from .meter import AttentionMeter, LayerInputs, PeakMemory
 from .models import LoadedModel
+from .predictor import BoundaryPredictor
 from .selection import cut_chunks
 
 DENSE = DHSAConfig(layers=())
@@ -77,13 +79,17 @@ def parse_policy(text: str) -> policies.Policy:
     return partial(policy, **given) if given else policy
 
 
-def parse_boundaries(text: str) -> Chunker:
-    """What cuts chunks: "training-free" or "fixed" (config.chunk_size keys each)."""
+def parse_boundaries(text: str, model: Any = None) -> Chunker:
+    """What cuts chunks: "training-free", "fixed" (config.chunk_size keys each), or a trained predictor's file."""
     if text == "training-free":
         return cut_chunks
     if text == "fixed":
         return lambda k, config: policies.fixed_chunks(k, config.chunk_size)
-    raise ValueError(f"dhsa_ext.evaluate: boundaries: expected training-free or fixed, got {text!r}")
+    if not Path(text).exists():
+        raise ValueError(
+            f"dhsa_ext.evaluate: boundaries: expected training-free, fixed or a predictor's file, got {text!r}"
+        )
+    return BoundaryPredictor.load(text, model).cut_chunks
 
 
 # ---- a model under a choice
@@ -136,13 +142,25 @@ class PolicyAttention:
 
 
 @torch.no_grad()
-def capture(loaded: LoadedModel, ids: Sequence[int]) -> dict[int, LayerInputs]:
-    """What the global layers of a dense pass over `ids` read, by layer index."""
-    with AttentionMeter() as meter:
+def for_each_global_layer(loaded: LoadedModel, ids: Sequence[int], use: Callable[[int, LayerInputs], object]) -> None:
+    """Call `use` with the index and the inputs of each global layer, as a dense pass over `ids` comes to it."""
+    indices = iter(global_layers(loaded.model))
+
+    def hand_over() -> None:
+        while meter.global_layers:
+            use(next(indices), meter.global_layers.pop())
+
+    with AttentionMeter(hand_over) as meter:
         loaded.model.set_attn_implementation(AttentionMeter.NAME)
         hf.configure(loaded.model, DENSE)
-        loaded.model(torch.tensor([list(ids)], device=loaded.model.device), logits_to_keep=1)
-    return dict(zip(global_layers(loaded.model), meter.global_layers, strict=True))
+        loaded.model(torch.tensor([list(ids)], device=loaded.model.device), use_cache=False, logits_to_keep=1)
+
+
+def capture(loaded: LoadedModel, ids: Sequence[int]) -> dict[int, LayerInputs]:
+    """What the global layers of a dense pass over `ids` read, by layer index."""
+    layers: dict[int, LayerInputs] = {}
+    for_each_global_layer(loaded, ids, layers.__setitem__)
+    return layers
 
 
 def global_layers(model: Any) -> list[int]:

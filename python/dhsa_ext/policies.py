@@ -183,7 +183,7 @@ def oracle(
             continue
         rows = q[:, :, j * config.q_block : (j + 1) * config.q_block]
         begin = end - rows.shape[2]
-        mass = _attention(rows, k[:, :, :end], scale, softcap, begin).mean(2)
+        mass = attention_weights(rows, k[:, :, :end], scale, softcap, begin).mean(2)
         mass = mass.unflatten(1, (heads, -1)).mean(2)  # [B, S, end]
         forced = _forced(end, begin, config, q.device)
         best = mass.masked_fill(forced, torch.inf).topk(min(config.budget, end), dim=-1).indices
@@ -192,7 +192,7 @@ def oracle(
     return runs_of(kept)
 
 
-def _attention(rows: Tensor, k: Tensor, scale: float | None, softcap: float, begin: int) -> Tensor:
+def attention_weights(rows: Tensor, k: Tensor, scale: float | None, softcap: float, begin: int) -> Tensor:
     """Causal attention weights float32 [B, H, n, Lk] of the rows at positions begin, begin + 1, ..."""
     position = torch.arange(begin, begin + rows.shape[2], device=k.device)
     future = torch.arange(k.shape[2], device=k.device) > position[:, None]
