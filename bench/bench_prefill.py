@@ -24,10 +24,9 @@ import dhsa_ext
 import peers
 import plot
 import timing
-from answers import AGREE, check_rows, exact_rows, sampled_rows
+from answers import AGREE, check_rows, exact_rows
+from inputs import Inputs, sizes
 from lists import (
-    Lists,
-    aligned_lists,
     attention_flops,
     budget_pairs,
     causal_pairs,
@@ -36,9 +35,7 @@ from lists import (
     kept_pairs,
     paper_lists,
     show_histogram,
-    single_key_lists,
-    whole_lists,
-)  # fmt: skip
+)
 from shapes import GPU, GPU_BUDGETS, GPU_DECODE, GPU_LENGTHS, Shape
 from timing import Contestant, Failure, Report, Timing, measure, timed
 
@@ -52,7 +49,7 @@ class Target:
 
     row: str
     contestant: str
-    figure: str  # a field of the row's JSON
+    figure: str  # a inputs of the row's JSON
     must: float
     aim: float | None
     more: bool = True  # whether more is better
@@ -98,48 +95,6 @@ QUOTED = {
 # --- one row ----------------------------------------------------------------------------------------------------------
 
 
-class Field:
-    """The inputs of one shape and, made when first asked for, the lists and exact answers that contestants share."""
-
-    def __init__(self, shape: Shape, device: str, dtype: torch.dtype) -> None:
-        self.shape, self.device, self.dtype = shape, device, dtype
-        generator = torch.Generator(device).manual_seed(0)
-
-        def normal(heads: int, length: int) -> Tensor:
-            return torch.randn(
-                shape.batch, heads, length, shape.head_dim, device=device, dtype=dtype, generator=generator
-            )  # fmt: skip
-
-        self.q = normal(shape.heads, shape.queries)
-        self.k, self.v = normal(shape.heads_kv, shape.seqlen_k), normal(shape.heads_kv, shape.seqlen_k)
-        self.rows = sampled_rows(shape)
-        self._lists: dict[str, Lists] = {}
-        self._exact: dict[str, Tensor] = {}
-
-    def lists(self, kind: str) -> Lists:
-        if kind not in self._lists:
-            make: dict[str, Callable[[], Lists]] = {
-                "A": lambda: paper_lists(self.q, self.k, self.shape),
-                "tail": lambda: paper_lists(self.q, self.k, self.shape.but(dense_tail=64)),
-                "B": lambda: aligned_lists(self.shape, self.device),
-                "C": lambda: single_key_lists(self.shape, self.device),
-                "dense": lambda: whole_lists(self.shape, self.device),
-            }
-            self._lists[kind] = make[kind]()
-        return self._lists[kind]
-
-    def checker(self, kind: str, share: float = 1.0, shape: Shape | None = None) -> Callable[[Any], None]:
-        """A check against the exact answer on those lists; "all" is attention to every key."""
-
-        def check(answer: Any) -> None:
-            if kind not in self._exact:
-                lists = None if kind == "all" else self.lists(kind)
-                self._exact[kind] = exact_rows(self.q, self.k, self.v, lists, shape or self.shape, self.rows)
-            check_rows(answer, self._exact[kind], self.rows, self.dtype, share)
-
-        return check
-
-
 def forced(kernel: str, call: Callable[[], Any]) -> Callable[[], Any]:
     """The same call on the kernel family that is named; the library reads the variable at each launch."""
 
@@ -153,51 +108,51 @@ def forced(kernel: str, call: Callable[[], Any]) -> Callable[[], Any]:
     return run
 
 
-def contestant(name: str, field: Field) -> Contestant:
+def contestant(name: str, inputs: Inputs) -> Contestant:
     """The contestants of prefill rows by name."""
-    q, k, v, shape = field.q, field.k, field.v, field.shape
+    q, k, v, shape = inputs.q, inputs.k, inputs.v, inputs.shape
 
     def whole(tail: int = 0) -> Callable[[], Any]:
         options = shape.but(dense_tail=tail).prefill_options()
         return lambda: dhsa_ext.sparse_prefill(q, k, v, shape.budget, return_lse=True, **options)
 
     def attention(kind: str) -> Callable[[], Any]:
-        lists = field.lists(kind)
+        lists = inputs.lists(kind)
         return lambda: dhsa_ext.sparse_attention(
             q, k, v, *lists, shape.q_block, softcap=shape.softcap, return_lse=True
         )  # fmt: skip
 
     if name == "whole":
-        return Contestant(name, whole, field.checker("A", AGREE), memory=True)
+        return Contestant(name, whole, inputs.checker("A", AGREE), memory=True)
     if name == "whole tail 64":
-        return Contestant(name, lambda: whole(64), field.checker("tail", AGREE), memory=True)
+        return Contestant(name, lambda: whole(64), inputs.checker("tail", AGREE), memory=True)
     if name == "attention B sm80":
-        return Contestant(name, lambda: forced("sm80", attention("B")), field.checker("B"))
+        return Contestant(name, lambda: forced("sm80", attention("B")), inputs.checker("B"))
     if name.startswith("attention "):
         kind = name.removeprefix("attention ")
-        return Contestant(name, lambda: attention(kind), field.checker(kind), memory=kind == "A")
+        return Contestant(name, lambda: attention(kind), inputs.checker(kind), memory=kind == "A")
     if name.startswith("sdpa "):
         # SDPA has no softcap: on such a shape it is timed, and checked, without one.
         return Contestant(
             name, lambda: peers.sdpa(q, k, v, name.removeprefix("sdpa ")),
-            field.checker("all", shape=shape.but(softcap=0.0)), memory=True,
+            inputs.checker("all", shape=shape.but(softcap=0.0)), memory=True,
         )  # fmt: skip
     if name == "flex blocks":
-        return Contestant(name, lambda: peers.flex_blocks(q, k, v, shape), field.checker("B"), memory=True)
+        return Contestant(name, lambda: peers.flex_blocks(q, k, v, shape), inputs.checker("B"), memory=True)
     if name == "flash-attn-4 blocks":
-        return Contestant(name, lambda: peers.flash_attention_4(q, k, v, shape), field.checker("B"))
+        return Contestant(name, lambda: peers.flash_attention_4(q, k, v, shape), inputs.checker("B"))
     if name == "flash-attn-4 dense":
-        return Contestant(name, lambda: peers.flash_attention_4(q, k, v, None), field.checker("all"))
+        return Contestant(name, lambda: peers.flash_attention_4(q, k, v, None), inputs.checker("all"))
     raise ValueError(f"no contestant is called {name!r}")
 
 
 def prefill_row(row: str, shape: Shape, names: Sequence[str], run: Run) -> None:
     """Measure one shape and report it."""
-    field = Field(shape, run.device, run.dtype)
-    results = measure([contestant(name, field) for name in names if name not in run.without], run.device, run.seconds)
+    inputs = Inputs(shape, run.device, run.dtype)
+    results = measure([contestant(name, inputs) for name in names if name not in run.without], run.device, run.seconds)
     if timing.device_lost(run.device):
         run.lost(row, results)
-    exact = {f"attention {kind}": kept_pairs(field.lists(kind), shape) for kind in field._lists}
+    exact = {f"attention {kind}": kept_pairs(inputs.lists(kind), shape) for kind in inputs.made}
     found = {}
     for name, result in results.items():
         dense = name.startswith("sdpa") or name.endswith("dense")
@@ -209,8 +164,8 @@ def prefill_row(row: str, shape: Shape, names: Sequence[str], run: Run) -> None:
         if name in exact:
             found[name]["tflops_exact"] = round(attention_flops(exact[name], shape) / result.ms / 1e9, 1)
         kind = name.removeprefix("attention ")
-        if name != kind and kind in field._lists:
-            found[name]["histogram"] = histogram(field.lists(kind))
+        if name != kind and kind in inputs.made:
+            found[name]["histogram"] = histogram(inputs.lists(kind))
         for other, time in results.items():
             if other.startswith("sdpa") and other != name and isinstance(time, Timing):
                 found[name][f"x_{other}"] = round(time.ms / result.ms, 3)
@@ -222,15 +177,15 @@ def prefill_row(row: str, shape: Shape, names: Sequence[str], run: Run) -> None:
         # Blocks of the tail keep more than the budget, so the budget's work is not what it did.
         found["whole tail 64"].pop("tflops")
         found["whole tail 64"]["times_whole"] = round(tail.ms / ours.ms, 4)
-    notes = [show_histogram(kind, lists) for kind, lists in field._lists.items() if kind in "ABC"]
+    notes = [show_histogram(kind, lists) for kind, lists in inputs.made.items() if kind in "ABC"]
     run.report(row, shape, {name: found[name] for name in names if name in found}, notes)
 
 
 def decode_row(row: str, run: Run) -> None:
     """One query over a long cache, 50 calls a graph: one cache again and again, and eight (as many layers) in turn."""
     one, per_kv = (run.sized(shape) for shape in GPU_DECODE.values())
-    field = Field(one, run.device, run.dtype)
-    q, k, v = field.q, field.k, field.v
+    inputs = Inputs(one, run.device, run.dtype)
+    q, k, v = inputs.q, inputs.k, inputs.v
     caches = [(k, v)] + [(torch.randn_like(k), torch.randn_like(v)) for _ in range(0 if run.tiny else 7)]
 
     def sparse(shape: Shape, over: Sequence[tuple[Tensor, Tensor]]) -> Callable[[], Any]:
@@ -253,8 +208,8 @@ def decode_row(row: str, run: Run) -> None:
 
     def right(shape: Shape) -> Callable[[Any], None]:
         def check(answer: Any) -> None:
-            exact = exact_rows(q, k, v, paper_lists(q, k, shape), shape, field.rows)
-            check_rows(answer, exact, field.rows, run.dtype)
+            exact = exact_rows(q, k, v, paper_lists(q, k, shape), shape, inputs.rows)
+            check_rows(answer, exact, inputs.rows, run.dtype)
 
         return check
 
@@ -264,8 +219,8 @@ def decode_row(row: str, run: Run) -> None:
         Contestant("sparse_decode S=Hkv", lambda: sparse(per_kv, caches[:1]), right(per_kv), calls),
         Contestant("sparse_decode S=1, 8 caches", lambda: sparse(one, caches), right(one), calls),
         Contestant("sparse_decode S=Hkv, 8 caches", lambda: sparse(per_kv, caches), right(per_kv), calls),
-        Contestant("sdpa flash", lambda: dense("flash"), field.checker("all"), calls),
-        Contestant("sdpa cudnn", lambda: dense("cudnn"), field.checker("all"), calls),
+        Contestant("sdpa flash", lambda: dense("flash"), inputs.checker("all"), calls),
+        Contestant("sdpa cudnn", lambda: dense("cudnn"), inputs.checker("all"), calls),
     ]
     results = measure([c for c in contestants if c.name not in run.without], run.device, run.seconds)
     if timing.device_lost(run.device):
@@ -312,13 +267,6 @@ def ceilings_row(row: str, run: Run) -> None:
             cells |= {unit: round(work / result.ms, 1)}
             print(f"  {name:30} {result.ms:9.3f} ms, {cells[unit]} {'TFLOP/s' if unit == 'tflops' else 'GB/s'}")
         run.results.add(cells)
-
-
-def sizes(shape: Shape) -> dict[str, Any]:
-    return dict(
-        seqlen_q=shape.queries, seqlen_k=shape.seqlen_k, budget=shape.budget, heads=shape.heads,
-        heads_kv=shape.heads_kv, head_dim=shape.head_dim, q_block=shape.q_block, select_heads=shape.select_heads,
-    )  # fmt: skip
 
 
 # --- all rows ---------------------------------------------------------------------------------------------------------

@@ -90,6 +90,16 @@ def single_key_lists(shape: Shape, device: str = "cpu", seed: int = 0) -> Lists:
     return packed(rows, shape, device)
 
 
+def scattered_lists(shape: Shape, device: str = "cpu", run: int = 16, seed: int = 0) -> Lists:
+    """The budget in random runs of `run` keys, all before the call's first query: no pair of them is masked."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = []
+    for _ in block_ends(shape):
+        places = torch.randperm((shape.seqlen_k - shape.queries) // run, generator=generator)[: shape.budget // run]
+        rows.append(torch.tensor(merged([(i * run, (i + 1) * run) for i in places.sort().values.tolist()])))
+    return packed(rows, shape, device)
+
+
 def whole_lists(shape: Shape, device: str = "cpu") -> Lists:
     """One run for each block, every key before its end: dense attention."""
     return packed([torch.tensor([[0, end]]) for end in block_ends(shape)], shape, device)
@@ -158,7 +168,8 @@ def attention_flops(pairs: float, shape: Shape) -> float:
 
 def density(shape: Shape, pairs: float) -> dict[str, float]:
     """The share of the keys that a block may keep, and of the causal area: the second is what time is saved on."""
-    return {"density_keys": shape.budget / shape.seqlen_k, "density_area": pairs / causal_pairs(shape)}
+    area = pairs / causal_pairs(shape)
+    return {"density_keys": 1.0 if area == 1 else min(1.0, shape.budget / shape.seqlen_k), "density_area": area}
 
 
 BINS = ((1, 1), (2, 7), (8, 15), (16, 31), (32, 63), (64, 127), (128, 1 << 62))

@@ -7,6 +7,7 @@ line. All are causal, none gets expanded keys.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import cache
 from typing import Any
 
@@ -25,17 +26,17 @@ Call = Callable[[], Tensor]
 def sdpa(q: Tensor, k: Tensor, v: Tensor, backend: str | None = None) -> Call:
     """Dense scaled_dot_product_attention: "flash" is FlashAttention-2 on a GPU, "cudnn" cuDNN's, None torch's choice.
 
-    One query alone attends to every key; otherwise queries and keys are equally many.
+    SDPA's own causal mask is for as many queries as keys; fewer get a mask that aligns their last with the last key.
     """
-    causal = q.shape[2] > 1
-    grouped = q.shape[1] != k.shape[1]
-    if backend is None:
-        return lambda: F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=grouped)
-    chosen = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}[backend]
+    queries, keys, grouped = q.shape[2], k.shape[2], q.shape[1] != k.shape[1]
+    options: dict[str, Any] = dict(is_causal=True) if queries == keys else {}
+    if 1 < queries < keys:
+        options["attn_mask"] = torch.ones(queries, keys, dtype=torch.bool, device=q.device).tril(keys - queries)
+    chosen = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION, None: None}[backend]
 
     def call() -> Tensor:
-        with sdpa_kernel(chosen):
-            return F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=grouped)
+        with sdpa_kernel(chosen) if chosen is not None else nullcontext():
+            return F.scaled_dot_product_attention(q, k, v, enable_gqa=grouped, **options)
 
     return call
 
@@ -96,10 +97,10 @@ def flex_lists(q: Tensor, k: Tensor, v: Tensor, lists: Lists, shape: Shape, bloc
         marks[j, keys_of(lists[0][0, 0, j], int(lists[1][0, 0, j]), end)] = True
     held = F.pad(marks, (0, -seqlen % block)).unflatten(1, (-1, block)).any(-1)
     order = held.int().argsort(dim=1, descending=True, stable=True).int()
-    q_block = shape.q_block
+    q_block, first = shape.q_block, seqlen - shape.queries
 
     def kept(_b: Tensor, _h: Tensor, row: Tensor, key: Tensor) -> Tensor:
-        return marks[row // q_block, key] & (row >= key)
+        return marks[row // q_block, key] & (row + first >= key)
 
     return _flex(q, k, v, (held.sum(1).int()[None, None], order[None, None], None, None), (q_block, block), kept)
 
