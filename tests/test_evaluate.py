@@ -255,6 +255,8 @@ COMMANDS = {
     "needles": ["--rows", "all", "question", "context", "--depths", "0.2", "0.8"],
     "perplexity": ["--tail", "20"],
     "speed": ["--repeats", "1"],
+    "cost": ["--repeats", "1", "--layer", "0"],
+    "picture": ["--policies", "paper", "sliding_window"],
 }
 
 
@@ -273,7 +275,7 @@ def test_every_command_writes_its_files(tiny, command, monkeypatch, tmp_path, ca
         rows = list(csv.DictReader(file))
     facts = json.loads((out / f"{command}.json").read_text())
     assert rows and facts["seed"] == 3 and facts["torch"] == torch.__version__ and command in facts["command"]
-    assert (out / f"{command}.png").exists() == (command in ("recall", "needles"))
+    assert (out / f"{command}.png").exists() == (command in ("recall", "needles", "picture"))
     printed = capsys.readouterr().out
     assert "paper" in printed and "written:" in printed
     if command == "recall":

@@ -5,8 +5,10 @@
     tasks        LongBench and RULER files, by their own scores
     perplexity   of the last tokens of long documents
     speed        time to the first token and peak memory
+    cost         milliseconds of one global layer: choosing the keys, and attending to them
+    picture      the chunks and the kept keys of one prompt
 
-Each writes NAME.csv, NAME.json (command, seed, versions, machine) and, where there is one to draw, NAME.png into --out.
+Each writes into --out NAME.csv and NAME.json (command, seed, versions, machine) and, where there is one, NAME.png.
 """
 
 from __future__ import annotations
@@ -230,6 +232,46 @@ def run_speed(
     return rows, ["length", "policy", "boundaries", "heads", "q_block", "budget", "first_token_s", "peak_mib"]
 
 
+def run_cost(
+    loaded: models.LoadedModel, prompts: Sequence[Prompt], choices: Sequence[Choice], arguments: argparse.Namespace
+) -> Result:
+    rows = []
+    for prompt in _bar(prompts, "prompt"):
+        ids = _ids(prompt, loaded, arguments)
+        index, layer = list(measure.capture(loaded, ids).items())[arguments.layer]
+        for choice in _bar(_with_dense(choices), "choice"):
+            cost = measure.layer_cost(choice, layer, arguments.repeats)
+            rows.append(
+                {"prompt": prompt.name, "length": prompt.length or len(ids), "layer": index, **choice.columns(),
+                 "choice_ms": cost.choice_ms, "attention_ms": cost.attention_ms,
+                 "total_ms": cost.choice_ms + cost.attention_ms}
+            )  # fmt: skip
+    by = ["length", "policy", "boundaries", "heads", "q_block", "budget"]
+    return rows, [*by, "choice_ms", "attention_ms", "total_ms"]
+
+
+def run_picture(
+    loaded: models.LoadedModel, prompts: Sequence[Prompt], choices: Sequence[Choice], arguments: argparse.Namespace
+) -> Result:
+    from . import picture
+
+    ids = _ids(prompts[0], loaded, arguments)
+    index, layer = list(measure.capture(loaded, ids).items())[arguments.layer]
+    selections = {f"{c.label}, {c.config.budget} keys": measure.selection_of(c, layer) for c in choices}
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    path = arguments.out / f"{arguments.name or arguments.what}.png"
+    picture.draw(path, selections, None, f"{loaded.name}, layer {index}, {len(ids)} tokens")
+    print("written:", path)
+    rows: list[dict[str, Any]] = []
+    for choice, one in zip(choices, selections.values(), strict=True):
+        share, sizes = one.causal_share(), (one.runs[..., 1] - one.runs[..., 0])[one.runs[..., 1] > 0].float()
+        rows.append({"prompt": prompts[0].name, "length": len(ids), "layer": index, **choice.columns(),
+                     "chunks": float(one.num_chunks[0]), "keys": one.keys_per_block(), "causal_share": share,
+                     "mean_run": sizes.mean().item()})  # fmt: skip
+    by = ["length", "policy", "boundaries", "heads", "q_block", "budget"]
+    return rows, [*by, "chunks", "keys", "causal_share", "mean_run"]
+
+
 def _ids(prompt: Prompt, loaded: models.LoadedModel, arguments: argparse.Namespace) -> list[int]:
     return tasks.context_ids(prompt, loaded.tokenizer, loaded.bos, arguments.max_length)
 
@@ -293,7 +335,12 @@ def _parser() -> argparse.ArgumentParser:
     perplexity = command("perplexity", run_perplexity, ["perplexity"])
     perplexity.add_argument("--tail", type=int, default=256, help="tokens at the end that count")
     speed = command("speed", run_speed, ["first_token_s", "peak_mib"])
-    speed.add_argument("--repeats", type=int, default=2, help="the best time of so many")
+    cost = command("cost", run_cost, ["choice_ms", "attention_ms", "total_ms"])
+    for sub in (speed, cost):
+        sub.add_argument("--repeats", type=int, default=2, help="the best time of so many")
+    drawn = command("picture", run_picture, ["chunks", "keys", "causal_share", "mean_run"])
+    for sub in (cost, drawn):
+        sub.add_argument("--layer", type=int, default=-1, help="which of the global layers (default: the last)")
     return parser
 
 

@@ -25,7 +25,7 @@ from .evaluate_tasks import METRICS, Question
 from .meter import AttentionMeter, LayerInputs, PeakMemory
 from .models import LoadedModel
 from .predictor import BoundaryPredictor
-from .selection import cut_chunks
+from .selection import Selection, cut_chunks
 
 DENSE = DHSAConfig(layers=())
 Chunker = Callable[[Tensor, DHSAConfig], policies.Chunks]
@@ -225,6 +225,48 @@ def _ended(chunks: policies.Chunks, end: int) -> policies.Chunks:
     """The chunks of the first `end` keys: those of the whole prompt, the one that holds key `end` cut there."""
     offsets = chunks[0].clamp(max=end)
     return offsets, (offsets[:, :-1] < offsets[:, 1:]).sum(1, dtype=torch.int32)
+
+
+@torch.no_grad()
+def selection_of(choice: Choice, layer: LayerInputs) -> Selection:
+    """The chunks and the kept keys of a layer's whole prompt; a policy without chunks has one."""
+    chunks = choice.cut(layer.k)
+    runs, num_runs = choice.runs(layer, layer.q, layer.k, chunks)
+    offsets, num_chunks = chunks or policies.fixed_chunks(layer.k, layer.k.shape[2])
+    return Selection(offsets, num_chunks, runs, num_runs, choice.config.q_block, layer.q.shape[2], layer.k.shape[2])
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Milliseconds of one layer's whole prompt."""
+
+    choice_ms: float
+    attention_ms: float
+
+
+@torch.no_grad()
+def layer_cost(choice: Choice, layer: LayerInputs, repeats: int) -> Cost:
+    """The best of `repeats` for choosing the keys and for attending to them; a dense choice is torch's attention."""
+    sync = torch.cuda.synchronize if layer.q.is_cuda else lambda: None
+    best = [math.inf, math.inf]
+    for _ in range(repeats):
+        sync()
+        begin = time.perf_counter()
+        lists = None if choice.policy is policies.dense else choice.runs(layer, layer.q, layer.k, choice.cut(layer.k))
+        sync()
+        middle = time.perf_counter()
+        if lists is None:
+            torch.nn.functional.scaled_dot_product_attention(
+                layer.q, layer.k, layer.v, is_causal=True, scale=layer.scale, enable_gqa=True
+            )
+        else:
+            ops.sparse_attention(
+                layer.q, layer.k, layer.v, *lists, choice.config.q_block, scale=layer.scale, softcap=layer.softcap
+            )
+        sync()
+        end = time.perf_counter()
+        best = [min(best[0], middle - begin), min(best[1], end - middle)]
+    return Cost(best[0] * 1e3, best[1] * 1e3)
 
 
 # ---- needles and answers

@@ -10,8 +10,8 @@ import torch
 from .selection import Selection
 
 
-def draw(path: Path, selections: Mapping[str, Selection], fact: tuple[int, int], subtitle: str) -> None:
-    """Write a PNG with one column per selection, all of one prompt; `fact` is the hidden fact's span of tokens."""
+def draw(path: Path, selections: Mapping[str, Selection], fact: tuple[int, int] | None, subtitle: str) -> None:
+    """Write a PNG with one column per selection, all of one prompt; `fact` is a hidden fact's span of tokens."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -28,7 +28,9 @@ def draw(path: Path, selections: Mapping[str, Selection], fact: tuple[int, int],
         length, blocks = selection.seqlen_k, selection.num_runs.shape[2]
         count = int(selection.num_chunks[0])
         strip.vlines(selection.offsets[0, : count + 1].tolist(), 0, 1, color="#264653", linewidth=0.4)
-        strip.axvspan(*fact, color="#e76f51", alpha=0.8, linewidth=0)
+        if fact is not None:
+            strip.axvspan(*fact, color="#e76f51", alpha=0.8, linewidth=0)
+            matrix.axvline(sum(fact) / 2, color="#e76f51", linewidth=0.8, linestyle=":")
         strip.set_yticks([])
         strip.set_title(f"{name}: {count} chunks, {selection.causal_share():.1%} of the causal area kept", fontsize=10)
 
@@ -42,8 +44,7 @@ def draw(path: Path, selections: Mapping[str, Selection], fact: tuple[int, int],
         matrix.imshow(
             state, aspect="auto", cmap=colors, vmin=0, vmax=2, interpolation="nearest", extent=(0, length, blocks, 0)
         )
-        matrix.axvline(sum(fact) / 2, color="#e76f51", linewidth=0.8, linestyle=":")
-        matrix.set_xlabel("key (token of the prompt); the hidden fact in orange")
+        matrix.set_xlabel("key (token of the prompt)" + ("" if fact is None else "; the hidden fact in orange"))
         matrix.set_ylabel(f"block of {selection.q_block} queries")
     figure.savefig(path, dpi=110)
     plt.close(figure)
