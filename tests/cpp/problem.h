@@ -18,6 +18,7 @@ struct Problem {
   Shape shape;
   Array q, k, v, out, lse;
   Softmax softmax;
+  double slack = 0;  // added to the bounds: what float32 loses in logits far above 1
 
   Problem(DType dtype, const Shape& n, bool heads_last, const Softmax& softmax)
       : shape(n),
@@ -53,11 +54,13 @@ struct Problem {
       error += difference * difference;
       norm += want[d] * want[d];
     }
-    EXPECT_LE(std::sqrt(error), out_bound[type] * std::sqrt(norm)) << "out of b " << b << ", head " << h << ", " << i;
+    EXPECT_LE(std::sqrt(error), (out_bound[type] + slack) * std::sqrt(norm))
+        << "out of b " << b << ", head " << h << ", " << i;
     if (keys.empty() || std::isinf(want_lse)) {
       EXPECT_EQ(lse.at({b, h, i}), want_lse) << "lse of b " << b << ", head " << h << ", " << i;
     } else {
-      EXPECT_NEAR(lse.at({b, h, i}), want_lse, lse_bound[type]) << "lse of b " << b << ", head " << h << ", " << i;
+      EXPECT_NEAR(lse.at({b, h, i}), want_lse, lse_bound[type] + slack)
+          << "lse of b " << b << ", head " << h << ", " << i;
     }
   }
 

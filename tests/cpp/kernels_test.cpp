@@ -1,0 +1,169 @@
+// The micro-kernels of the active ISA, through its table, where a stage's test would not tell what went wrong.
+#include "cpu/kernels.h"
+
+#include "cpu/dispatch.h"
+#include "reference.h"
+
+namespace dhsa::test {
+namespace {
+
+using cpu::active_kernels;
+using cpu::Kernels;
+
+constexpr int kHalf = static_cast<int>(DType::kFloat16), kBFloat = static_cast<int>(DType::kBFloat16);
+
+// A vector of memory that ends at a guard page.
+template <class T>
+struct Guard {
+  explicit Guard(int64_t count) : memory(count * static_cast<int64_t>(sizeof(T))) {}
+  T* data() const { return reinterpret_cast<T*>(memory.data()); }
+  Guarded memory;
+};
+
+TEST(Isa, active_one_is_detected_and_forced_by_name) {
+  const std::string detected = std::string(",") + cpu::isas_detected() + ",", active = cpu::isa_active();
+  EXPECT_NE(detected.find("," + active + ","), std::string::npos);
+  const char* forced = std::getenv("DHSA_FORCE_ISA");
+  EXPECT_EQ(active, forced != nullptr && *forced != '\0'
+                        ? forced
+                        : detected.substr(detected.rfind(',', detected.size() - 2) + 1, active.size()));
+}
+
+TEST(HalfTypes, every_half_widens_as_its_bits_say) {
+  for (uint32_t bits = 0; bits < 65536; ++bits) {
+    const uint32_t exponent = bits >> 10 & 31, fraction = bits & 1023;
+    const double sign = (bits & 0x8000) != 0 ? -1.0 : 1.0, f = static_cast<double>(fraction);
+    const double magnitude = exponent == 31  ? (fraction == 0 ? kInf : kNaN)
+                             : exponent == 0 ? std::ldexp(f, -24)
+                                             : std::ldexp(1024 + f, static_cast<int>(exponent) - 25);
+    const float got = float_from_half(static_cast<uint16_t>(bits));
+    if (std::isnan(magnitude)) {
+      EXPECT_TRUE(std::isnan(got)) << bits;
+    } else {
+      EXPECT_EQ(got, sign * magnitude) << bits;
+      EXPECT_EQ(half_from_float(got), bits);
+    }
+  }
+}
+
+// Between two neighbouring halves: at the middle to the even one, else to the nearer.
+TEST(HalfTypes, rounding_to_nearest_even) {
+  for (uint16_t low = 0; low < 0x7bff; ++low) {
+    const float a = float_from_half(low), b = float_from_half(static_cast<uint16_t>(low + 1)), middle = (a + b) / 2;
+    const uint16_t even = low % 2 == 0 ? low : static_cast<uint16_t>(low + 1);
+    EXPECT_EQ(half_from_float(middle), even);
+    EXPECT_EQ(half_from_float(std::nextafter(middle, a)), low);
+    EXPECT_EQ(half_from_float(std::nextafter(middle, b)), low + 1);
+    EXPECT_EQ(half_from_float(-middle), even | 0x8000);
+  }
+  EXPECT_EQ(half_from_float(65519.0f), 0x7bff);
+  EXPECT_EQ(half_from_float(65520.0f), 0x7c00);
+  for (uint32_t low = 0; low < 0x7f7f; low += 7) {
+    const float a = float_from_bfloat16(static_cast<uint16_t>(low));
+    const float b = float_from_bfloat16(static_cast<uint16_t>(low + 1)), middle = a + (b - a) / 2;
+    EXPECT_EQ(bfloat16_from_float(middle), low % 2 == 0 ? low : low + 1);
+    EXPECT_EQ(bfloat16_from_float(b), low + 1);
+  }
+  EXPECT_EQ(bfloat16_from_float(std::numeric_limits<float>::max()), 0x7f80);
+}
+
+// load_rows over all 65536 values, and store_row of what lies between them, against core/half.h.
+TEST(HalfTypes, the_isa_converts_every_value_alike) {
+  const Kernels& kernels = active_kernels();
+  const Guard<uint16_t> halves(65536);
+  const Guard<float> floats(65536);
+  for (uint32_t i = 0; i < 65536; ++i) halves.data()[i] = static_cast<uint16_t>(i);
+  for (const int dtype : {kHalf, kBFloat}) {
+    const auto widen = dtype == kHalf ? float_from_half : float_from_bfloat16;
+    const auto narrow = dtype == kHalf ? half_from_float : bfloat16_from_float;
+    kernels.load_rows[dtype](halves.data(), 64, 1024, 64, 1.0f, floats.data());
+    for (uint32_t i = 0; i < 65536; ++i) {
+      const float want = widen(static_cast<uint16_t>(i)), got = floats.data()[i];
+      EXPECT_TRUE(std::isnan(want) ? std::isnan(got) : got == want) << dtype << ", " << i;
+    }
+    for (int64_t i = 0; i < 65536; ++i) floats.data()[i] = static_cast<float>(normal() * std::exp2(draw(-30, 18)));
+    const Guard<uint16_t> back(64);
+    for (int64_t r = 0; r < 1024; ++r) {
+      kernels.store_row[dtype](floats.data() + r * 64, 1.0f, 64, back.data());
+      for (int64_t d = 0; d < 64; ++d) EXPECT_EQ(back.data()[d], narrow(floats.data()[r * 64 + d]));
+    }
+  }
+}
+
+TEST(Kernels, softcap_of_every_size) {
+  const Kernels& kernels = active_kernels();
+  const Guard<float> s(1024);
+  for (const float softcap : {1.0f, 50.0f}) {
+    for (const double size : {1e-6, 1e-2, 0.29, 0.31, 1.0, 5.0, 100.0}) {
+      Row x(1024);
+      for (int64_t j = 0; j < 1024; ++j) {
+        s.data()[j] = static_cast<float>(softcap * size * normal());
+        x[j] = s.data()[j];
+      }
+      kernels.softcap_row(s.data(), 1024, softcap);
+      for (int64_t j = 0; j < 1024; ++j) {
+        const double want = capped(x[j], softcap);
+        EXPECT_LE(std::fabs(s.data()[j] - want), 4e-7 * std::fabs(want)) << x[j];
+      }
+    }
+  }
+}
+
+TEST(Kernels, softmax_row_carries_its_maximum_and_sum) {
+  const Kernels& kernels = active_kernels();
+  const Guard<float> s(64);
+  for (const double size : {0.1, 3.0, 300.0}) {
+    Row all;
+    float row_max = -std::numeric_limits<float>::infinity(), row_sum = 0;
+    for (int tile = 0; tile < 5; ++tile) {
+      const float before = row_max;
+      for (int64_t j = 0; j < 64; ++j) {
+        s.data()[j] = tile == 0 || draw(0, 3) == 0 ? -std::numeric_limits<float>::infinity()  // masked
+                                                   : static_cast<float>(size * normal());
+        all.push_back(s.data()[j]);
+      }
+      const float shrink = kernels.softmax_row(s.data(), 64, &row_max, &row_sum);
+      EXPECT_EQ(row_max, *std::max_element(all.begin(), all.end()));
+      EXPECT_NEAR(shrink, before == row_max ? 1.0 : std::exp(static_cast<double>(before) - row_max), 1e-6);
+      for (int64_t j = 0; j < 64; ++j) {
+        const double logit = all[all.size() - 64 + j];
+        EXPECT_NEAR(s.data()[j], logit == -kInf ? 0.0 : std::exp(logit - row_max), 3e-7);
+      }
+    }
+    EXPECT_NEAR(row_max + std::log(row_sum), log_sum_exp(all), 1e-6 * std::max(1.0, size));
+  }
+}
+
+// What select_keys' ties and the strict mode rest on: an element's value depends on its row and column alone.
+TEST(Kernels, products_do_not_depend_on_the_place_in_the_tile) {
+  const Kernels& kernels = active_kernels();
+  const int64_t depth = 40, panel = kernels.panel;
+  const Guard<float> a(17 * depth), b(depth * panel), c(17 * panel), one(panel);
+  for (int64_t i = 0; i < 17 * depth; ++i) a.data()[i] = static_cast<float>(normal());
+  for (int64_t i = 0; i < depth * panel; ++i) b.data()[i] = static_cast<float>(normal());
+  for (int64_t rows = 1; rows <= 17; ++rows) {
+    kernels.gemm_panel(rows, depth, a.data(), depth, b.data(), c.data(), panel, false);
+    for (int64_t r = 0; r < rows; ++r) {
+      kernels.gemm_panel(1, depth, a.data() + r * depth, depth, b.data(), one.data(), panel, false);
+      EXPECT_EQ(std::memcmp(one.data(), c.data() + r * panel, panel * sizeof(float)), 0) << rows << ", " << r;
+    }
+  }
+}
+
+TEST(Kernels, pack_values_tells_of_values_that_are_no_number) {
+  const Kernels& kernels = active_kernels();
+  for (int dtype = 0; dtype < 3; ++dtype) {
+    for (const double poison : {0.0, kNaN, kInf, -kInf}) {
+      for (int round = 0; round < rounds(20); ++round) {
+        Array v = Array(static_cast<DType>(dtype), {1, 1, 20, 24}).fill_normal();
+        v.put({0, 0, 7, draw(0, 23)}, poison);
+        const int32_t index[3] = {3, 7, 19};
+        const Guard<float> panels(32 * 16);
+        EXPECT_EQ(kernels.pack_values[dtype](v.tensor.data, 24, index, 3, 16, 24, panels.data()), poison == 0.0);
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace dhsa::test
