@@ -104,7 +104,9 @@ class BoundaryPredictor(nn.Module):
 
     def cut_chunks(self, k: Tensor, config: DHSAConfig) -> tuple[Tensor, Tensor]:
         """Chunks of k by this predictor: offsets int32 [B, C + 1], num_chunks int32 [B]."""
-        return ops.select_boundaries(self.logits(k), config.max_chunks(k.shape[2]), config.nms_radius, config.threshold)
+        return ops.select_boundaries(
+            self.logits(k), config.max_chunks(k.shape[2]), config.nms_radius, config.threshold, config.segment
+        )
 
     # ---- files
 
