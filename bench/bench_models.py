@@ -21,6 +21,7 @@ import gc
 import re
 import resource
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -30,6 +31,7 @@ import torch
 import transformers
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, DynamicCache
+from transformers.utils import is_flash_attn_2_available
 
 import timing
 from dhsa_ext import DHSAConfig, hf
@@ -98,7 +100,7 @@ class Contestant:
 
 @dataclass
 class Pass:
-    """One prefill: seconds, of them inside attention, and the new tokens' rate."""
+    """One prefill and a few new tokens; memory is the prefill's peak above what was there before it."""
 
     first_token_s: float
     attention_s: float
@@ -147,17 +149,11 @@ def _attention_of(implementation: str) -> Callable[..., Any]:
     if implementation != "eager":
         return AttentionInterface()[implementation]
 
-    # transformers keeps eager attention beside each model, not in the interface.
-    def eager(module: Any, *arguments: Any, **kwargs: Any) -> Any:
-        return _module_of(module).eager_attention_forward(module, *arguments, **kwargs)
+    def eager(layer: Any, *arguments: Any, **kwargs: Any) -> Any:
+        # transformers keeps eager attention beside each model, not in the interface.
+        return sys.modules[type(layer).__module__].eager_attention_forward(layer, *arguments, **kwargs)
 
     return eager
-
-
-def _module_of(layer: Any) -> Any:
-    import sys
-
-    return sys.modules[type(layer).__module__]
 
 
 def build(name: str, device: str, dtype: torch.dtype) -> Any:
@@ -174,21 +170,21 @@ def build(name: str, device: str, dtype: torch.dtype) -> Any:
             model.tie_weights()
     finally:
         torch.set_default_dtype(before)
-    for parameter in model.parameters():  # what no_init_weights left there may be anything
+    for label, parameter in model.named_parameters():  # no_init_weights leaves there whatever the memory held
         if parameter.ndim > 1:
             parameter.data.normal_(0.0, 0.02)
-        else:
-            parameter.data.fill_(1.0 if "Gemma" not in kind else 0.0)
+        else:  # Gemma's norms multiply by 1 + weight
+            parameter.data.fill_(float("norm" in label and "Gemma" not in kind))
     return model.eval()
 
 
-def contestants(budget: int, smallest: int, names: list[str]) -> list[Contestant]:
-    dense = [Contestant(name, name) for name in DENSE]
+def contestants(budget: int, names: list[str]) -> list[Contestant]:
+    dense = [Contestant(name, name) for name in DENSE if "flash" not in name or is_flash_attn_2_available()]
     ours = [Contestant(f"dhsa {preset}", "dhsa", DHSAConfig(preset, budget=budget)) for preset in ("paper", "accurate")]
     return [c for c in (*dense, *ours) if not names or c.name in names]
 
 
-def one_pass(model: Any, contestant: Contestant, ids: Tensor, meter: Metered, new_tokens: int) -> tuple[Pass, Tensor]:
+def one_pass(model: Any, ids: Tensor, meter: Metered, new_tokens: int) -> Pass:
     device = ids.device.type
     cache = DynamicCache(config=model.config)
     _settle(device)
@@ -206,7 +202,7 @@ def one_pass(model: Any, contestant: Contestant, ids: Tensor, meter: Metered, ne
     _settle(device)
     rate = new_tokens / (time.perf_counter() - begin)
     meter.seconds()
-    return Pass(first, attention, rate, memory.mib), logits
+    return Pass(first, attention, rate, memory.mib)
 
 
 class _GpuPeak:
@@ -280,14 +276,13 @@ def time_length(model: Any, entrants: list[Contestant], length: int, device: str
                     hf.register(contestant.config)
                 meter = Metered(contestant.implementation, device)
                 model.set_attn_implementation(NAME)
-                result, _ = one_pass(model, contestant, ids, meter, arguments.new_tokens if round_ else 2)
+                result = one_pass(model, ids, meter, arguments.new_tokens if round_ else 2)
                 if round_:
                     run.passes.append(result)
                 elif contestant.config is not None and meter.layer is not None:
                     run.choice_s = choice_seconds(meter, contestant.config, device)
             except Exception as error:
                 run.failure = "out of memory" if out_of_memory(error) else timing.Failure.of(error).why
-            meter = None
             gc.collect()
     return runs
 
@@ -355,14 +350,16 @@ def main() -> None:
     report.data["machine"]["transformers"] = transformers.__version__
     report.data["memory_limit"] = arguments.memory_limit
     print(report.head())
-    print(f"{'model':<13} {'tokens':>7}  {'contestant':<18} {'first s':>8} {'ratio':>6}  {'attend s':>8} {'choice s':>7}  "
-          f"{'tokens/s':>8} {'peak MiB':>9}")  # fmt: skip
+    print(
+        f"{'model':<13} {'tokens':>7}  {'contestant':<18} {'first s':>8} {'ratio':>6}  {'attend s':>8} "
+        f"{'choice s':>7}  {'tokens/s':>8} {'peak MiB':>9}"
+    )
     print("ratio: to the fastest dense contestant of the same length that answers; attend s holds the choice")
     for name in arguments.models:
         model = build(name, arguments.device, dtype)
         check_answer(model, arguments.device)
         types = getattr(model.config, "layer_types", None) or ["full_attention"] * model.config.num_hidden_layers
-        entrants = contestants(arguments.budget, min(arguments.lengths), arguments.contestants)
+        entrants = contestants(arguments.budget, arguments.contestants)
         for length in sorted(arguments.lengths):
             runs = time_length(model, entrants, length, arguments.device, arguments)
             rows = [row_of(name, c, length, runs[c.name], types.count("full_attention")) for c in entrants]

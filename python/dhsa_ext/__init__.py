@@ -5,6 +5,7 @@ from __future__ import annotations
 __version__ = "0.1.0"
 
 from . import reference
+from .config import DHSAConfig
 from .ops import (
     boundary_logits,
     boundary_scores,
@@ -22,6 +23,7 @@ from .ops import (
 )
 
 __all__ = [
+    "DHSAConfig",
     "boundary_logits",
     "boundary_scores",
     "chunk_mass",
