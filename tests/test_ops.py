@@ -1,5 +1,8 @@
 """torch.ops.dhsa as PyTorch sees it: schemas, fakes, compile, export, and the refusal of gradients."""
 
+import ast
+from pathlib import Path
+
 import pytest
 import torch
 import torch._inductor.config
@@ -50,6 +53,22 @@ def test_schema_has_no_defaulted_list_argument(op):
     schema = getattr(torch.ops.dhsa, op).default._schema
     assert not [a.name for a in schema.arguments if "List" in str(a.type) and a.has_default_value()]
     assert torch.Tag.pt2_compliant_tag in getattr(torch.ops.dhsa, op).default.tags
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_stub_repeats_the_schema(op):
+    """Names, order, kinds and defaults; the attention ops add return_lse."""
+    stub = ast.parse((Path(dhsa_ext.__file__).parent / "ops.pyi").read_text())
+    schema = getattr(torch.ops.dhsa, op).default._schema
+    given = [(a.name, a.kwarg_only, a.default_value if a.has_default_value() else "required") for a in schema.arguments]
+    typed = [node.args for node in stub.body if isinstance(node, ast.FunctionDef) and node.name == op]
+    assert typed
+    for arguments in typed:
+        padding = [None] * (len(arguments.args) - len(arguments.defaults))
+        pairs = [(a, False, d) for a, d in zip(arguments.args, padding + arguments.defaults, strict=True)]
+        pairs += [(a, True, d) for a, d in zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True)]
+        found = [(a.arg, kw, "required" if d is None else ast.literal_eval(d)) for a, kw, d in pairs]
+        assert [entry for entry in found if entry[0] != "return_lse"] == given
 
 
 @pytest.mark.parametrize("op", OPS)
