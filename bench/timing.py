@@ -2,7 +2,7 @@
 
 Contestants run in turn, round after round, so that a clock that drifts or a neighbour that wakes up hits all of them.
 Medians and quartiles are over rounds. On a GPU each contestant is captured in a CUDA graph of as many calls as fill
-2 ms (an empty graph between two events already reads some 18 us) and its replays are timed by events; where a capture
+5 ms (an empty graph between two events already reads some 18 us) and its replays are timed by events; where a capture
 fails the same events time plain calls, and the result says so. On a CPU the wall clock is read, and beside it the
 processor time of the process, which a busy machine disturbs less.
 """
@@ -31,7 +31,7 @@ from dhsa_ext.info import facts
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
-GRAPH_MS = 2.0  # the shortest replay that is timed
+GRAPH_MS = 5.0  # the shortest replay that is timed
 SLOW_MS = 5000.0  # a first call that took so long is not repeated to estimate the next
 SETTLED = 30  # rounds after which more would not move a median
 
@@ -286,7 +286,8 @@ def command() -> str:
     program = Path(sys.argv[0]).resolve()
     shown = program.relative_to(ROOT) if program.is_relative_to(ROOT) else Path(program.name)
     forced = [f"{name}={value}" for name, value in os.environ.items() if name.startswith(("DHSA_FORCE", "OMP_NUM"))]
-    return " ".join([*sorted(forced), "python", str(shown), *sys.argv[1:]])
+    words = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]]
+    return " ".join([*sorted(forced), "python", str(shown), *words])
 
 
 class Report:

@@ -204,6 +204,25 @@ def test_verdicts_read_the_figure_that_the_target_names():
     assert bench_cpu.verdicts("gathered", "fp16", {}) == []
 
 
+def test_who_loses_the_gpu_is_left_out_and_the_row_starts_again(monkeypatch, tmp_path):
+    output = tmp_path / "rows.json"
+    command = ["bench_prefill.py", "--device", "cpu", "--tiny", "--rows", "128k,8k,decode", "--output", str(output)]
+    monkeypatch.setattr(sys, "argv", command)
+    started: list[list[str]] = []
+    monkeypatch.setattr(os, "execv", lambda _program, words: started.append(words))
+    run = bench_prefill.Run(bench_prefill.arguments())
+    run.lost("8k", {"whole": timing.Timing(1, 1, 1, 3, "how"), "attention A": timing.Failure("illegal access")})
+    monkeypatch.setattr(sys, "argv", started[0][1:])
+    again = bench_prefill.Run(bench_prefill.arguments())
+    assert again.rows == ["8k", "decode"] and again.without == ["attention A"] and again.tiny
+    assert again.results.data["rows"] == [{"row": "8k", "contestant": "attention A", "failed": "illegal access"}]
+    run.lost("8k", {})  # nobody known to have done it: the row is left out
+    monkeypatch.setattr(sys, "argv", started[1][1:])
+    assert bench_prefill.Run(bench_prefill.arguments()).rows == ["decode"]
+    with pytest.raises(SystemExit):
+        run.lost("decode", {})
+
+
 def test_every_target_names_a_row_and_a_contestant_that_exist():
     decode = {"sparse_decode S=1", "sparse_decode S=Hkv"}
     for target in bench_prefill.TARGETS:
