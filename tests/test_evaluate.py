@@ -6,8 +6,10 @@ import csv
 import json
 import math
 import os
+import sys
 import warnings
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -16,7 +18,7 @@ from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 pytest.importorskip("psutil", reason="pip install 'dhsa_ext[demo]'")
 pytest.importorskip("tqdm", reason="pip install 'dhsa_ext[demo]'")
 
-from dhsa_ext import evaluate, evaluate_model, evaluate_report, evaluate_tasks, hf, models, policies
+from dhsa_ext import evaluate, evaluate_harness, evaluate_model, evaluate_report, evaluate_tasks, hf, models, policies
 from dhsa_ext.config import DHSAConfig
 from dhsa_ext.evaluate_model import Asker, Choice, ChoiceMeter, PolicyAttention
 from dhsa_ext.evaluate_tasks import Question
@@ -304,3 +306,29 @@ def test_mistakes_are_one_sentence(tiny, monkeypatch, tmp_path, capsys):
                     ["recall", "--lengths", "100", "--budgets", "200"]):  # fmt: skip
         assert evaluate.main([*options, "--model", "tiny", "--out", str(tmp_path)]) == 1
         assert capsys.readouterr().err.strip().splitlines()[-1].startswith("error: dhsa_ext")
+
+
+# ---- lm-evaluation-harness
+
+
+def test_the_harness_gets_its_own_arguments_and_the_attention(monkeypatch):
+    seen = []
+    package, entry = ModuleType("lm_eval"), ModuleType("lm_eval.__main__")
+    monkeypatch.setattr(entry, "cli_evaluate", lambda: seen.extend(sys.argv), raising=False)
+    monkeypatch.setitem(sys.modules, "lm_eval", package)
+    monkeypatch.setitem(sys.modules, "lm_eval.__main__", entry)
+    monkeypatch.setattr(sys, "argv", sys.argv)
+    own = ["--preset", "paper", "--budget", "700"]
+    assert evaluate_harness.main([*own, "run", "--model", "hf", "--model_args", "pretrained=x", "--tasks", "t"]) == 0
+    rest = ["run", "--model", "hf", "--tasks", "t", "--model_args", "pretrained=x,attn_implementation=dhsa"]
+    assert seen == ["lm_eval", *rest]
+    assert hf._default == DHSAConfig("paper", budget=700)
+    assert evaluate_harness.harness_arguments(["--preset", "dense", "--model_args", "pretrained=x"])[0].layers == ()
+    hf.register()
+
+
+def test_without_the_harness_one_sentence_says_so(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    monkeypatch.setitem(sys.modules, "lm_eval.__main__", None)
+    assert evaluate_harness.main(["--model_args", "pretrained=x"]) == 1
+    assert "lm_eval is not installed: pip install lm-eval" in capsys.readouterr().err
