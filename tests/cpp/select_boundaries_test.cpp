@@ -40,7 +40,7 @@ Array random_scores(int64_t length) {
 }
 
 TEST(SelectBoundaries, random_scores_with_ties_nan_and_infinities) {
-  for (int round = 0; round < 60; ++round) {
+  for (int round = 0; round < rounds(60); ++round) {
     const int64_t length = draw(0, 200), segment = draw(0, 1) * draw(1, 80);
     compare(random_scores(length), draw(1, 40), draw(0, 12), segment,
             draw(0, 1) == 0 ? 0.25f : -std::numeric_limits<float>::infinity());
