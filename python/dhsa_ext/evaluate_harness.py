@@ -37,12 +37,9 @@ def harness_arguments(argv: Sequence[str]) -> tuple[DHSAConfig, list[str]]:
 def main(argv: Sequence[str] | None = None) -> int:
     config, rest = harness_arguments(sys.argv[1:] if argv is None else argv)
     try:
-        from lm_eval.__main__ import cli_evaluate
+        harness = importlib.import_module("lm_eval.__main__")
     except ImportError:
-        print(
-            "error: dhsa_ext.evaluate_harness: lm_eval is not installed: pip install lm-eval accelerate",
-            file=sys.stderr,
-        )
+        print("error: lm_eval is not installed: pip install lm-eval accelerate", file=sys.stderr)
         return 1
     hf.register(config, NAME)
     sys.argv = ["lm_eval", *rest]
