@@ -11,6 +11,7 @@ The model attends by hf.dhsa_attention, as any user's does; --preset dense is th
 from __future__ import annotations
 
 import argparse
+import importlib
 import sys
 from collections.abc import Sequence
 
