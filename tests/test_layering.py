@@ -83,7 +83,18 @@ def test_native_library_links_no_python_and_no_shared_cuda():
 
 def test_the_package_needs_torch_and_numpy_only():
     """`import dhsa_ext` works where nothing but its required dependencies is installed."""
-    optional = "transformers gguf matplotlib tqdm psutil sentencepiece safetensors hypothesis pytest PIL".split()
+    optional = [
+        "transformers",
+        "gguf",
+        "matplotlib",
+        "tqdm",
+        "psutil",
+        "sentencepiece",
+        "safetensors",
+        "hypothesis",
+        "pytest",
+        "PIL",
+    ]
     script = f"import sys; sys.modules.update(dict.fromkeys({optional})); import dhsa_ext"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
