@@ -263,7 +263,7 @@ def main() -> None:
         print(line)
     if chosen.plot:
         print(plot.draw_file(report.path))
-    print(f"results: {report.path.name}")
+    print(f"results: {report.where()}")
 
 
 if __name__ == "__main__":

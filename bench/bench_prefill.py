@@ -430,7 +430,7 @@ def main() -> None:
         print(line)
     if chosen.plot:
         print(plot.draw_file(run.results.path))
-    print(f"results: {run.results.path.name}")
+    print(f"results: {run.results.where()}")
 
 
 if __name__ == "__main__":

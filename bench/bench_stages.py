@@ -251,7 +251,7 @@ def main() -> None:
         threads = {} if on_gpu else {"threads": torch.get_num_threads()}
         report.add({"row": "stages", "contestant": name, "dtype": dtype, **threads, **sizes(shape), **cells})
         print(f"  {name:18} {show(cells)}", flush=True)
-    print(f"load {load()}; results: {report.path.name}")
+    print(f"load {load()}; results: {report.where()}")
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ from dhsa_ext.info import facts
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
+SCRATCH = ROOT / "build" / "bench"  # of --tiny runs, whose times are no results
 GRAPH_MS = 5.0  # the shortest replay that is timed
 SLOW_MS = 5000.0  # a first call that took so long is not repeated to estimate the next
 SETTLED = 30  # rounds after which more would not move a median
@@ -285,7 +286,7 @@ def load() -> str:
 def command() -> str:
     program = Path(sys.argv[0]).resolve()
     shown = program.relative_to(ROOT) if program.is_relative_to(ROOT) else Path(program.name)
-    forced = [f"{name}={value}" for name, value in os.environ.items() if name.startswith(("DHSA_FORCE", "OMP_NUM"))]
+    forced = [f"{name}={value}" for name, value in os.environ.items() if name.startswith(("DHSA_FORCE", "OMP_"))]
     words = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]]
     return " ".join([*sorted(forced), "python", str(shown), *words])
 
@@ -296,7 +297,8 @@ class Report:
     def __init__(self, bench: str, device: str, output: str | None = None, append: bool = False) -> None:
         about = machine(device)
         name = re.sub(r"[^a-z0-9]+", "-", (about.get("gpu") or about["cpu"]).lower()).strip("-")
-        self.path = Path(output) if output else RESULTS / f"{bench}-{name}.json"
+        folder = SCRATCH if bench.endswith("-tiny") else RESULTS
+        self.path = Path(output) if output else folder / f"{bench}-{name}.json"
         now = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
         self.data: dict[str, Any] = {
             "bench": bench, "machine": about, "commit": commit(), "command": command(), "date": now,
@@ -304,6 +306,11 @@ class Report:
         }  # fmt: skip
         if append and self.path.exists():
             self.data["rows"] = json.loads(self.path.read_text())["rows"]
+
+    def where(self) -> str:
+        """The file, from the repository's root."""
+        path = self.path.resolve()
+        return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else path.name
 
     def head(self) -> str:
         about = self.data["machine"]

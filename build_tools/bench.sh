@@ -35,4 +35,3 @@ else
   run bench/bench_stages.py --device cpu "$@"
   run bench/bench_cpu.py "$@"
 fi
-printf '\nresults: %s\n' bench/results/*.json
