@@ -252,6 +252,15 @@ def test_layers_are_averaged_before_prompts_are():
     assert math.isnan(evaluate_report.mean_and_error([1.0])[1])
 
 
+def test_gap_closed_lies_between_paper_and_oracle():
+    recall = {"paper": 0.5, "accurate": 0.8, "oracle": 0.9}
+    same = dict(length=1, heads="kv", q_block=64, budget=256, boundaries="training-free")
+    rows = [dict(policy=name, recall=value, **same) for name, value in recall.items()]
+    rows.append({**rows[1], "budget": 512})
+    evaluate_report.add_gap_closed(rows)
+    assert [row["gap_closed"] for row in rows[:3]] == pytest.approx([0, 0.75, 1]) and rows[3]["gap_closed"] == ""
+
+
 COMMANDS = {
     "recall": ["--policies", "paper", "coverage:share=0.8", "--boundaries", "training-free", "fixed", "--blocks", "2"],
     "needles": ["--rows", "all", "question", "context", "--depths", "0.2", "0.8"],

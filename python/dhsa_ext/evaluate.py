@@ -8,7 +8,8 @@
     cost         milliseconds of one global layer: choosing the keys, and attending to them
     picture      the chunks and the kept keys of one prompt
 
-Each writes into --out NAME.csv and NAME.json (command, seed, versions, machine) and, where there is one, NAME.png.
+Each writes into --out NAME.csv, NAME_summary.csv (means and standard errors over prompts, as in the table), NAME.json
+(command, seed, versions, machine) and, where there is one to draw, NAME.png.
 """
 
 from __future__ import annotations
@@ -61,9 +62,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     report.write_csv(base.with_suffix(".csv"), rows)
     report.write_environment(base.with_suffix(".json"), facts)
     summary = report.summarise(rows, [c for c in columns if c not in arguments.values], "prompt", arguments.values)
+    if arguments.what == "recall":
+        report.add_gap_closed(summary)
+        columns.append("gap_closed")
     print(report.table(summary, [*columns, "n"]))
+    report.write_csv(base.with_name(f"{base.name}_summary.csv"), summary)
     title = f"{loaded.name}, {len(prompts)} prompts"
-    written = [base.with_suffix(".csv"), base.with_suffix(".json")]
+    written = [base.with_suffix(".csv"), base.with_name(f"{base.name}_summary.csv"), base.with_suffix(".json")]
     if arguments.draw is not None and arguments.draw(
         base.with_suffix(".png"), summary if arguments.what == "recall" else rows, title
     ):

@@ -83,6 +83,19 @@ def summarise(rows: Iterable[Row], by: Sequence[str], unit: str, values: Sequenc
     return summary
 
 
+def add_gap_closed(summary: Sequence[dict[str, Any]]) -> None:
+    """gap_closed: how far a choice's recall goes from the paper's to the oracle's under the same settings."""
+    same = ("length", "heads", "q_block", "budget")
+    bounds: dict[tuple[Any, ...], dict[str, float]] = {}
+    for row in summary:
+        if row["boundaries"] in ("", "training-free"):
+            bounds.setdefault(tuple(row[name] for name in same), {})[row["policy"]] = row["recall"]
+    for row in summary:
+        at = bounds.get(tuple(row[name] for name in same), {})
+        gap = at.get("oracle", math.nan) - at.get("paper", math.nan)
+        row["gap_closed"] = (row["recall"] - at["paper"]) / gap if gap > 0 else ""
+
+
 def table(rows: Sequence[Row], columns: Sequence[str]) -> str:
     """Aligned columns; "x" stands beside its standard error where a row has "x_se"."""
 
