@@ -305,7 +305,10 @@ class Report:
             "load_before": load(), "rows": [],
         }  # fmt: skip
         if append and self.path.exists():
-            self.data["rows"] = json.loads(self.path.read_text())["rows"]
+            before = json.loads(self.path.read_text())
+            kept = ("commit", "command", "date", "load_before", "load_after")
+            run = {key: before[key] for key in kept if key in before}
+            self.data |= {"earlier_runs": [*before.get("earlier_runs", []), run], "rows": before["rows"]}
 
     def where(self) -> str:
         """The file, from the repository's root."""

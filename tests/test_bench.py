@@ -166,7 +166,7 @@ def test_a_report_holds_machine_commit_and_command_but_no_path(tmp_path):
     text = json.dumps({key: data[key] for key in ("machine", "commit", "command", "date")})
     assert str(BENCH.parent) not in text and str(tmp_path) not in text
     more = timing.Report("test", "cpu", str(tmp_path / "rows.json"), append=True)
-    assert len(more.data["rows"]) == 2
+    assert len(more.data["rows"]) == 2 and more.data["earlier_runs"][0]["command"] == data["command"]
 
 
 def test_break_even_is_where_the_curves_cross():
