@@ -246,13 +246,17 @@ class Cost:
 
 @torch.no_grad()
 def layer_cost(choice: Choice, layer: LayerInputs, repeats: int) -> Cost:
-    """The best of `repeats` for choosing the keys and for attending to them; a dense choice is torch's attention."""
+    """The best of `repeats` for choosing the keys and for attending to them.
+
+    A dense choice is torch's attention, which knows no soft cap; with one, it is the kernel over every key.
+    """
+    by_torch = choice.policy is policies.dense and layer.softcap == 0
     sync = torch.cuda.synchronize if layer.q.is_cuda else lambda: None
     best = [math.inf, math.inf]
     for _ in range(repeats):
         sync()
         begin = time.perf_counter()
-        lists = None if choice.policy is policies.dense else choice.runs(layer, layer.q, layer.k, choice.cut(layer.k))
+        lists = None if by_torch else choice.runs(layer, layer.q, layer.k, choice.cut(layer.k))
         sync()
         middle = time.perf_counter()
         if lists is None:
