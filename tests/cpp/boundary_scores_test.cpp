@@ -43,6 +43,12 @@ TEST(BoundaryScores, zero_keys_score_one) {
   compare(k, 3);
 }
 
+TEST(BoundaryScores, tiny_keys_are_divided_by_the_floor_of_the_norms) {
+  for (const double size : {1e-2, 1e-3, 2e-4, 1e-5}) {
+    compare(Array(DType::kFloat32, {1, 2, 20, 8}).fill_normal(size), 2);
+  }
+}
+
 TEST(BoundaryScores, nan_stays_in_its_windows) {
   Array k(DType::kFloat32, {1, 2, 40, 8}), scores(DType::kFloat32, {1, 40});
   k.fill_normal();

@@ -100,6 +100,22 @@ TEST(SelectKeys, no_chunk_keeps_every_key) {  // keys that belong to no chunk ar
   compare(random_scores(5, 3), chunks, 40, 40, 8, choice);
 }
 
+TEST(SelectKeys, overflowing_list_keeps_its_first_runs_and_its_last) {
+  const int64_t columns = 50, length = 100;
+  Chunks chunks(2, columns, length);
+  Array scores(DType::kFloat32, {2, 2, 3, columns});
+  for (int64_t i = 0; i < scores.size; ++i) scores.tensor.as<float>()[i] = static_cast<float>(i % columns % 2);
+  for (int64_t b = 0; b < 2; ++b) {
+    chunks.num_chunks.put({b}, columns);
+    for (int64_t c = 0; c <= columns; ++c) chunks.offsets.put({b, c}, static_cast<double>(2 * c));
+  }
+  for (const int64_t min_chunk : {1, 3, 10, 60}) {
+    KeyChoice choice;
+    choice.sink = 0, choice.local = 4, choice.budget = 50, choice.min_chunk = min_chunk;
+    compare(scores, chunks, 12, length, 4, choice);
+  }
+}
+
 TEST(SelectKeys, malformed_offsets_write_nothing_outside) {
   for (int round = 0; round < rounds(100); ++round) {
     const int64_t columns = draw(1, 8), capacity = run_capacity(columns, 20, 4);

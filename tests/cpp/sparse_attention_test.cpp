@@ -92,7 +92,7 @@ TEST(SparseAttention, random_shapes_windows_and_caps) {
             lists == 0   ? 1
             : lists == 1 ? kv_heads
                          : heads,
-            q_block, softmax_of(16, softcap, draw(0, 1) * draw(1, 60)), draw(2, 9));
+            q_block, softmax_of(16, softcap, draw(0, 1) * draw(1, 120)), draw(2, 9));
   }
 }
 
@@ -101,6 +101,16 @@ TEST(SparseAttention, more_rows_than_are_worked_at_a_time) {
   compare(DType::kBFloat16, {1, 300, 1, 2, 20, 8}, 1, 2, softmax_of(8));    // heads split
   compare(DType::kFloat16, {1, 260, 1, 1, 70, 8}, 1, 1, softmax_of(8));     // one query
   compare(DType::kFloat32, {1, 1, 1, 300, 300, 8}, 1, 300, softmax_of(8));  // one long block
+}
+
+TEST(SparseAttention, window_edge_inside_a_tile_that_nothing_else_masks) {
+  for (const int64_t q_block : {1, 2, 3, 17}) {
+    Problem problem(DType::kFloat32, {1, 2, 1, 40, 250, 8}, true, softmax_of(8, 0.0f, 100));
+    Lists lists(problem, 1, q_block);
+    for (int64_t j = 0; j < lists.blocks; ++j) lists.put(j, lists.keys[j] = range(0, 250));
+    run_stage(call(&problem, lists, q_block));
+    for (int64_t j = 0; j < lists.blocks; ++j) expect_block(problem, lists, j, q_block);
+  }
 }
 
 TEST(SparseAttention, large_logits) {  // sums that only a running maximum keeps finite

@@ -175,6 +175,23 @@ TEST(SparsePrefill, sink_and_local_longer_than_the_keys) {
   compare(p, &problem, nullptr, &count);
 }
 
+TEST(SparsePrefill, strict_scores_the_chunk_of_the_last_query_up_to_it) {
+  Count count;
+  for (const ChunkScore score : {ChunkScore::kDot, ChunkScore::kMass}) {
+    for (const int64_t refine : {0, 2}) {
+      for (const int64_t q_block : {1, 5}) {
+        Problem problem(DType::kFloat32, {1, 2, 1, 80, 80, 8}, true, softmax_of(8));
+        const Chunks chunks(1, 80 / 16, 80);  // the last one is long
+        SparsePrefill p = arguments(12, q_block, 1);
+        p.score = score, p.refine = refine, p.q_stride = 2, p.strict = true;
+        p.choice.sink = p.choice.local = 0, p.choice.min_chunk = 1;
+        const Offsets offsets{chunks.offsets, chunks.num_chunks};
+        compare(p, &problem, &offsets, &count);
+      }
+    }
+  }
+}
+
 TEST(SparsePrefill, many_rows_and_a_dense_tail) {
   Count count;
   Problem problem(DType::kBFloat16, {1, 8, 2, 130, 170, 8}, true, softmax_of(8));
