@@ -115,7 +115,7 @@ def _flex(
     assert counts is not None and indices is not None
     block_mask = BlockMask.from_kv_blocks(
         counts, indices, full_counts, full_indices, BLOCK_SIZE=size, mask_mod=mask,
-        seq_lengths=(q.shape[2], k.shape[2]), compute_q_blocks=False,
+        seq_lengths=(q.shape[2], k.shape[2]),
     )  # fmt: skip
     flex, grouped = _compiled_flex(), q.shape[1] != k.shape[1]
     return lambda: flex(q, k, v, block_mask=block_mask, enable_gqa=grouped)
