@@ -99,7 +99,7 @@ struct Geometry {  // of one query block
 inline double ordered(double score) { return std::isnan(score) ? -kInf : score; }
 
 // Keys that are kept, rising. They are certain if no other key's score lies so near the cut-off that float32 could
-// choose differently: within 1e-4 times the largest score.
+// choose differently: within 1e-4 times the block's largest score.
 struct Kept {
   std::vector<int64_t> keys;
   bool certain = true;
@@ -112,7 +112,7 @@ inline Kept best(std::vector<int64_t> keys, const Row& score, int64_t count) {
   Kept kept;
   if (count > 0 && count < static_cast<int64_t>(keys.size())) {
     double largest = 0;
-    for (const int64_t key : keys) largest = std::max(largest, std::isfinite(score[key]) ? std::fabs(score[key]) : 0);
+    for (const double x : score) largest = std::max(largest, std::isfinite(x) ? std::fabs(x) : 0);
     const double last = ordered(score[keys[count - 1]]), next = ordered(score[keys[count]]);
     const auto near = [&](double a, double b) { return a != b && std::fabs(a - b) <= 1e-4 * largest; };
     kept.certain = !near(last, next);
