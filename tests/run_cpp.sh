@@ -4,9 +4,15 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 preset=${PRESET:-tests}
-cmake --preset "$preset" >/dev/null
-cmake --build "build/$preset" --target dhsa_test -j "${JOBS:-2}"
 binary=build/$preset/tests/cpp/dhsa_test
+targets=(dhsa_test)
+bench=OFF
+if [[ $preset == tests ]] && echo '#include <benchmark/benchmark.h>' | "${CXX:-g++}" -E -x c++ - >/dev/null 2>&1; then
+  bench=ON
+  targets+=(dhsa_bench)
+fi
+cmake --preset "$preset" -DDHSA_BUILD_BENCH=$bench >/dev/null
+cmake --build "build/$preset" --target "${targets[@]}" -j "${JOBS:-2}"
 
 # A sanitizer's own calls are baseline code, but its weak symbols are everywhere: only the plain build tells of leaks.
 [[ $preset == tests ]] && tests/cpp/isa_leak.sh "build/$preset/libdhsa_core.a"
@@ -17,3 +23,5 @@ fi
 for isa in $("$binary" --isas); do
   DHSA_FORCE_ISA=$isa "$binary" --gtest_brief=1 "$@"
 done
+# The microbenchmarks still run; their times are bench/cpp's.
+[[ $bench == OFF ]] || "build/$preset/bench/cpp/dhsa_bench" --benchmark_min_time=0 >/dev/null 2>&1

@@ -83,7 +83,9 @@ def main() -> None:
         "bench": "cpp_stages",
         "machine": {"cpu": cpu_model(), "cores": os.cpu_count(), "system": platform.system()},
         "commit": commit(),
-        "command": " ".join(["python", "bench/cpp/run.py", *sys.argv[1:]]),
+        "command": " ".join(
+            ["python", "bench/cpp/run.py", *(Path(x).name if x[0] == "/" else x for x in sys.argv[1:])]
+        ),
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "load_before": " ".join(f"{value:.2f}" for value in load),
         "rows": rows,
