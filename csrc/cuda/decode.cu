@@ -2,7 +2,7 @@
 // Four launches, all fixed by shapes:
 //
 //   score_kernel     [B, S, Lq, C]: the mean query of the heads that share a list, times every chunk's vector
-//   select_keys      one list a (batch, selection head, query)
+//   select_keys      one list a (batch, selection head, query); score "mass" and refine run chunk_mass and refine_keys
 //   attend_kernel    split over keys: a block takes 64 kept keys for up to four heads of one KV head
 //   merge_kernel     the splits' partial results by their lse
 //
@@ -357,6 +357,9 @@ __global__ void merge_kernel(MergeParams p) {
 
 struct Plan {
   SelectKeys select;
+  ChunkMass mass;
+  RefineKeys refine;
+  char *mass_workspace = nullptr, *refine_workspace = nullptr;
   float *scores = nullptr, *partial_out = nullptr;
   float2* partial_sums = nullptr;
   int64_t splits = 1, bytes = 0;
@@ -368,7 +371,8 @@ Plan make_plan(const SparseDecode& x, void* workspace) {
   Arena arena(workspace);
   Plan plan;
   plan.scores = arena.take<float>(batch * selection_heads * seqlen_q * capacity);
-  const int64_t runs = run_capacity(capacity, x.choice.budget, x.choice.min_chunk);
+  const int64_t runs = x.refine > 0 ? refined_run_capacity(seqlen_k, x.choice.budget)
+                                    : run_capacity(capacity, x.choice.budget, x.choice.min_chunk);
   plan.select.chunk_scores = contiguous(plan.scores, DType::kFloat32, batch, selection_heads, seqlen_q, capacity);
   plan.select.offsets = x.offsets, plan.select.num_chunks = x.num_chunks;
   plan.select.seqlen_q = seqlen_q, plan.select.seqlen_k = seqlen_k, plan.select.q_block = 1;
@@ -377,6 +381,24 @@ Plan make_plan(const SparseDecode& x, void* workspace) {
                                 selection_heads, seqlen_q, runs, 2);
   plan.select.num_runs =
       contiguous(arena.take<int>(batch * selection_heads * seqlen_q), DType::kInt32, batch, selection_heads, seqlen_q);
+  if (x.score == ChunkScore::kMass) {
+    plan.mass.q = x.q, plan.mass.k_mean = x.k_pooled;
+    plan.mass.offsets = x.offsets, plan.mass.num_chunks = x.num_chunks;
+    plan.mass.seqlen_k = seqlen_k, plan.mass.q_block = plan.mass.q_stride = 1;
+    plan.mass.softmax = x.softmax, plan.mass.softmax.window = x.choice.window;
+    plan.mass.scores = plan.select.chunk_scores;
+    plan.mass.row_lse =
+        contiguous(arena.take<float>(batch * heads * seqlen_q), DType::kFloat32, batch, heads, seqlen_q, 1);
+    plan.mass_workspace = arena.take<char>(workspace_bytes(plan.mass));
+  }
+  if (x.refine > 0) {
+    plan.refine.q = x.q, plan.refine.k = x.k, plan.refine.chunk_scores = plan.select.chunk_scores;
+    plan.refine.row_lse = plan.mass.row_lse, plan.refine.offsets = x.offsets, plan.refine.num_chunks = x.num_chunks;
+    plan.refine.q_block = plan.refine.q_stride = 1, plan.refine.refine = x.refine;
+    plan.refine.choice = x.choice, plan.refine.softmax = x.softmax;
+    plan.refine.runs = plan.select.runs, plan.refine.num_runs = plan.select.num_runs;
+    plan.refine_workspace = arena.take<char>(workspace_bytes(plan.refine));
+  }
   plan.splits = std::clamp<int64_t>(ceil_div(std::min(x.choice.budget, seqlen_k), kSplitKeys), 1, kMostSplits);
   plan.partial_out = arena.take<float>(batch * seqlen_q * heads * plan.splits * head_dim);
   plan.partial_sums = arena.take<float2>(batch * seqlen_q * heads * plan.splits);
@@ -446,8 +468,11 @@ cudaError_t run(const SparseDecode& x, void* workspace, cudaStream_t stream) {
   const Plan plan = make_plan(x, workspace);
   return with_dtype(x.q.dtype, [&](auto element) {
     using T = decltype(element);
-    cudaError_t error = launch_scores<T>(x, plan, stream);
-    if (error == cudaSuccess) error = run(plan.select, nullptr, stream);
+    cudaError_t error =
+        x.score == ChunkScore::kMass ? run(plan.mass, plan.mass_workspace, stream) : launch_scores<T>(x, plan, stream);
+    if (error == cudaSuccess) {
+      error = x.refine > 0 ? run(plan.refine, plan.refine_workspace, stream) : run(plan.select, nullptr, stream);
+    }
     if (error != cudaSuccess) return error;
     switch (x.q.shape[3]) {
       case 64:

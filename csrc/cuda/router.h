@@ -29,4 +29,18 @@ cudaError_t run_chunk_scores(const Tensor& q_pooled, const Tensor& k_pooled, flo
 // begins after the block's last query.
 cudaError_t run_select_keys(const SelectKeys& x, const Slab&, cudaStream_t);
 
+// chunk_mass over the slab: x.scores' data is the slab's, its shape the whole's, x.row_lse the whole's. strict_k: k
+// [B, Hkv, Lk, D] where the chunk that holds p1 counts as if it ended there, else null. run_mass_means comes first,
+// once a call. Scores of chunks that hold no candidate of any block near by may be left unwritten.
+int64_t mass_means_bytes(const ChunkMass& x);
+cudaError_t run_mass_means(const ChunkMass& x, void* means, cudaStream_t stream);
+int64_t mass_scratch_bytes(const ChunkMass& x, const Slab&, bool strict);
+cudaError_t run_chunk_mass(const ChunkMass& x, const Tensor* strict_k, void* means, void* scratch, const Slab&,
+                           cudaStream_t stream);
+
+// refine_keys over the slab, in the same way; q_pooled [B, S, nQ, D] where x.row_lse is not given. Its scratch serves
+// slabs of up to `lists` lists.
+int64_t refine_scratch_bytes(const RefineKeys& x, int64_t lists);
+cudaError_t run_refine_keys(const RefineKeys& x, const float* q_pooled, void* scratch, const Slab&, cudaStream_t);
+
 }  // namespace dhsa::cuda

@@ -7,9 +7,7 @@
 // prefix sum of population counts. Only chunks with an event (some 200 of 8,192) are looked at again.
 #include <algorithm>
 
-#include "cuda/device/candidates.h"
-#include "cuda/device/order.h"
-#include "cuda/device/radix_select.h"
+#include "cuda/device/chunk_selection.h"
 #include "cuda/dispatch.h"
 #include "cuda/launch.h"
 #include "cuda/router.h"
@@ -40,99 +38,29 @@ struct RunWriter {
   }
 };
 
-constexpr int kWords = 256;  // of 32 chunks, one a thread: a tile of 8,192 chunks
-
 template <int kThreads>
 struct Shared {
-  static_assert(kThreads >= kWords, "a thread owns a word");
-  RadixSelect<kThreads> select;
+  SelectionShared<kThreads> selection;
   unsigned warp_state[kThreads / 32];
   int last[2];
-  uint32_t present[kWords], above[kWords], equal[kWords];  // chunks with a free key; better than, equal to the cut-off
 };
 
-// The chunks of one word: which are kept, which of them whole, and how much of the one that the cut-off divides.
-struct Word {
-  uint32_t present = 0, kept = 0, divided = 0;
-  int take = 0;  // keys of the divided chunk
-
-  __device__ uint32_t whole() const { return kept & ~divided; }
-};
-
+// Writes the runs of a finished selection.
 template <int kThreads>
-struct Selection {
-  const Candidates keys;
-  const Chunks& chunks;
-  const float* scores;
+struct RunList {
+  ChunkSelection<kThreads>& selection;
   Shared<kThreads>& shared;
-  Cutoff cutoff = {kNoKey, 0};
-
-  __device__ uint32_t key(int chunk) const { return order_key(__ldg(scores + chunk)); }
-  __device__ int free_begin(int chunk) const { return max(chunks.begin(chunk), keys.free_begin); }
-  __device__ int free_tokens(int chunk) const {
-    return max(min(chunks.end(chunk), keys.free_end) - free_begin(chunk), 0);
-  }
-
-  // Chunks [first, last) hold the keys that are neither forced nor out of reach.
-  __device__ void choose(int first, int last) {
-    if (keys.want <= 0) return;
-    cutoff = shared.select.select(
-        first, last, keys.want, [&](int c) { return key(c); }, [&](int c) { return free_tokens(c); });
-  }
-
-  // The words of chunks [tile, min(tile + 32 * kWords, last)), from one vote for 32 chunks.
-  __device__ void vote(int tile, int last) {
-    for (int w = threadIdx.x; w < kWords; w += kThreads) {
-      if (tile + w * 32 >= last) shared.present[w] = shared.above[w] = shared.equal[w] = 0;
-    }
-#pragma unroll 4
-    for (int w = warp_id(); w < kWords; w += kThreads / 32) {
-      if (tile + w * 32 >= last) break;
-      const int chunk = tile + w * 32 + lane_id();
-      const bool present = chunk < last && free_tokens(chunk) > 0;
-      const uint32_t k = present ? key(chunk) : 0;
-      const uint32_t all = __ballot_sync(kFullWarp, present);
-      const uint32_t above = __ballot_sync(kFullWarp, present && k > cutoff.key);
-      const uint32_t equal = __ballot_sync(kFullWarp, present && k == cutoff.key);
-      if (lane_id() == 0) shared.present[w] = all, shared.above[w] = above, shared.equal[w] = equal;
-    }
-    __syncthreads();
-  }
-
-  // This thread's word. Ties: lower chunks first, the last one cut at its end; ties_used counts their keys.
-  __device__ Word decide(int tile, int& ties_used) {
-    Word word;
-    uint32_t equal = 0;
-    if (threadIdx.x < kWords) {
-      word.present = shared.present[threadIdx.x], word.kept = shared.above[threadIdx.x];
-      equal = shared.equal[threadIdx.x];
-    }
-    if (!__syncthreads_or(equal != 0)) return word;
-    const int first = tile + static_cast<int>(threadIdx.x) * 32;
-    int keys_here = 0, total;
-    for (uint32_t bits = equal; bits != 0; bits &= bits - 1) keys_here += free_tokens(first + __ffs(bits) - 1);
-    int used = ties_used + shared.select.scan.exclusive_sum(keys_here, &total);
-    ties_used += total;
-    for (uint32_t bits = equal; bits != 0 && used < cutoff.rest; bits &= bits - 1) {
-      const uint32_t bit = bits & (0u - bits);
-      const int tokens = free_tokens(first + __ffs(bits) - 1);
-      word.kept |= bit;
-      if (used + tokens > cutoff.rest) word.divided = bit, word.take = cutoff.rest - used;
-      used += tokens;
-    }
-    return word;
-  }
 
   // Whether the nearest present chunk before this thread's word is kept to its end. carry: the same before the tile;
   // updated to after it.
-  __device__ bool kept_before(const Word& word, bool& carry) {
+  __device__ bool kept_before(const ChunkWord& word, bool& carry) {
     const bool any = word.present != 0, on = any && word.whole() >> (31 - __clz(word.present)) & 1;
     const unsigned has = __ballot_sync(kFullWarp, any), full = __ballot_sync(kFullWarp, on);
     if (lane_id() == 0) shared.warp_state[warp_id()] = has == 0 ? 2u : full >> (31 - __clz(has)) & 1u;
     __syncthreads();
     bool before = carry;
 #pragma unroll
-    for (int w = 0; w < kWords / 32; ++w) {
+    for (int w = 0; w < kChunkWords / 32; ++w) {
       const unsigned state = shared.warp_state[w];
       if (w < warp_id() && state != 2) before = state;
       if (state != 2) carry = state;
@@ -142,7 +70,7 @@ struct Selection {
   }
 
   // The present chunks whose "kept" differs from what lies before them; chunks without a free key are passed over.
-  __device__ static uint32_t toggles(const Word& word, bool before) {
+  __device__ static uint32_t toggles(const ChunkWord& word, bool before) {
     if ((word.present & (word.present + 1)) == 0) {  // no gap
       return ((word.whole() << 1 | static_cast<uint32_t>(before)) ^ word.kept) & word.present;
     }
@@ -156,20 +84,21 @@ struct Selection {
   }
 
   // Writes the runs of the chunks [first, last) and of the forced keys around them; returns the number of runs.
-  __device__ int write_runs(int first, int last, const RunWriter& out) {
+  __device__ int write(int first, int last, const RunWriter& out) {
+    const Candidates& keys = selection.keys;
     bool kept = keys.free_begin > keys.begin;  // at the walk's position
     int events = kept, ties_used = 0;
     if (kept && threadIdx.x == 0) out.write(0, keys.begin, 1);
-    for (int tile = first; tile < last; tile += kWords * 32) {
-      vote(tile, last);
-      const Word word = decide(tile, ties_used);
+    for (int tile = first; tile < last; tile += kChunkWords * 32) {
+      selection.vote(tile, last);
+      const ChunkWord word = selection.decide(tile, ties_used);
       const uint32_t toggled = toggles(word, kept_before(word, kept));
       int total;
-      int event = events + shared.select.scan.exclusive_sum(__popc(toggled) + (word.divided != 0), &total);
+      int event = events + shared.selection.select.scan.exclusive_sum(__popc(toggled) + (word.divided != 0), &total);
       events += total;
       for (uint32_t bits = toggled | word.divided; bits != 0; bits &= bits - 1) {
         const uint32_t bit = bits & (0u - bits);
-        const int begin = free_begin(tile + static_cast<int>(threadIdx.x) * 32 + __ffs(bits) - 1);
+        const int begin = selection.free_begin(tile + static_cast<int>(threadIdx.x) * 32 + __ffs(bits) - 1);
         if (toggled & bit) out.write(event++, begin, events);
         if (word.divided & bit) out.write(event++, begin + word.take, events);
       }
@@ -212,9 +141,9 @@ __global__ void __launch_bounds__(kThreads, 1024 / kThreads) select_keys_kernel(
     __syncthreads();
     const int first = max(shared.last[0] - 1, 0), last = min(shared.last[1], chunks.count);
     __syncthreads();
-    Selection<kThreads> selection = {keys, chunks, p.scores + slab_row * p.capacity, shared};
+    ChunkSelection<kThreads> selection = {keys, chunks, p.scores + slab_row * p.capacity, shared.selection};
     selection.choose(first, last);
-    count = selection.write_runs(first, last, out);
+    count = RunList<kThreads>{selection, shared}.write(first, last, out);
   }
   if (threadIdx.x == 0) {
     if (count >= p.run_capacity) {

@@ -1,0 +1,51 @@
+// What the parts of chunk_mass share: the estimate's inputs over a slab of query blocks, and which kernels take it.
+#pragma once
+
+#include "cuda/device/sampled_rows.h"
+#include "cuda/dispatch.h"
+#include "cuda/router.h"
+
+namespace dhsa::cuda {
+
+// Each block's chunk that holds p1, ended at p1 + 1 (sparse_prefill's strict); null: not strict.
+struct MassCut {
+  const int2* chunks = nullptr;   // of the slab: [pairs, blocks] (chunk or -1, tokens)
+  const float* logits = nullptr;  // of the slab: [pairs, blocks, rows] log2 units, without the chunk's length
+};
+
+// Arguments of every kernel of the stage. Row u of a list is sample u % samples of its head u / samples.
+struct MassParams {
+  const void* q;
+  int64_t q_batch, q_head, q_token;
+  const int *offsets, *num_chunks;
+  float* scores;   // the slab's: [pairs, blocks, C]
+  float* row_lse;  // [B, H, nQ, samples]
+  MassCut cut;
+  SampledRows sampled;
+  int seqlen_q, seqlen_k, window, capacity, heads, selection_heads, list_heads, query_blocks;
+  int first_pair, first_block, blocks, pairs;
+  float scale, softcap;
+
+  __host__ __device__ int rows() const { return list_heads * sampled.samples; }  // of a list and block
+};
+
+// Vectors of the chunks as the kernels want them, made once a call.
+struct MassMeans {
+  const float* means = nullptr;     // [pairs, C, D]
+  const void* parts = nullptr;      // [pairs, pitch, 2, D] of q's type: two halves whose sum is mean / 2^e
+  const float2* columns = nullptr;  // [pairs, pitch] (what turns a product into a logit, log2 of the chunk's length)
+};
+
+constexpr int kMassTile = 64;  // chunks; pitch is a multiple of it
+
+inline int64_t mass_pitch(int64_t capacity) { return ceil_div(capacity, kMassTile) * kMassTile; }
+
+// The tensor-core kernels: 16-bit q, and enough rows to fill their tiles.
+int64_t mass_tiles_bytes(const MassParams&);
+cudaError_t run_mass_tiles(const MassParams&, const MassMeans&, DType, int head_dim, void* scratch, cudaStream_t);
+
+// The plain kernels: any q, few rows; they hold rows x C logits of some of the slab's blocks.
+int64_t mass_rows_bytes(const MassParams&);
+cudaError_t run_mass_rows(const MassParams&, const float* means, DType, int head_dim, void* scratch, cudaStream_t);
+
+}  // namespace dhsa::cuda
