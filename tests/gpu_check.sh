@@ -1,12 +1,18 @@
 #!/usr/bin/env bash
-# Build for the GPU that is there, test on it, bench on it: `make gpu-check`. PYTHON picks the interpreter; STEPS names
-# the steps (default: build kernels sanitizer pytest bench); OUT is where logs and results go (default: build/gpu-check).
+# Build for the GPU that is there, test on it, bench on it: `make gpu-check`. Everything is built in build/gpu, a copy of
+# the package included, so that an installed one is neither needed nor changed.
+#
+#   PYTHON           interpreter with torch and pytest (default: python3)
+#   STEPS            of: build kernels sanitizer pytest time bench (default: all)
+#   OUT              where logs and results go (default: build/gpu-check)
+#   DHSA_CUDA_ARCHS  default: those of the GPUs that are there
 set -uo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
-steps=${STEPS:-build kernels sanitizer pytest bench}
+steps=${STEPS:-build kernels sanitizer pytest time bench}
 out=${OUT:-build/gpu-check}
 build=build/gpu
+bin=$build/csrc/cuda
 mkdir -p "$out"
 failed=0
 
@@ -23,27 +29,46 @@ run() {  # run NAME SECONDS COMMAND...
   tail -n "${LINES_SHOWN:-15}" "$out/$name.log" | cut -c1-220
 }
 
-archs=${DHSA_CUDA_ARCHS:-80;90a}
-torch_dir=$("$python" -c 'import os, torch; print(os.path.dirname(torch.__file__))')
 if step build; then
+  archs=${DHSA_CUDA_ARCHS:-$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader | tr -d . | sed 's/^90$/90a/' |
+    sort -u | paste -sd';')}
+  torch_dir=$("$python" -c 'import os, torch; print(os.path.dirname(torch.__file__))')
   LINES_SHOWN=4 run configure 60 cmake -S . -B $build -G Ninja -DCMAKE_BUILD_TYPE=Release \
-    "-DDHSA_TORCH_DIR=$torch_dir" "-DDHSA_CUDA_ARCHS=$archs"
-  LINES_SHOWN=4 run build 400 cmake --build $build --target _native
-  find $build -name _native.so -exec cp {} python/dhsa_ext/ \;
+    "-DDHSA_TORCH_DIR=$torch_dir" "-DDHSA_CUDA_ARCHS=$archs" -DDHSA_BUILD_CUDA_TESTS=ON
+  LINES_SHOWN=2 run build 600 cmake --build $build
+  rm -rf $build/python && mkdir -p $build/python && cp -r python/dhsa_ext $build/python/
+  find $build/csrc -name _native.so -exec cp {} $build/python/dhsa_ext/ \;
 fi
 if step kernels; then
-  for test in tests/cuda/*_test.cu; do
-    name=$(basename "$test" .cu)
-    LINES_SHOWN=2 run "build_$name" 200 cmake --build $build --target "$name"
-    run "$name" 120 "$(find $build -type f -name "$name" -perm -u+x | head -1)"
-  done
+  LINES_SHOWN=8 run router 120 $bin/router_test
+  LINES_SHOWN=5 run pipeline 120 $bin/pipeline_test
+  LINES_SHOWN=3 run attention 120 $bin/attention_test
+  LINES_SHOWN=3 run attention_sm80 120 $bin/attention_test check sm80
+  LINES_SHOWN=9 run repeat 120 $bin/attention_test repeat
 fi
-export PYTHONPATH=python
-if step sanitizer; then
+if step sanitizer; then  # racecheck, initcheck and synccheck cannot see wgmma's reads: docs/attention_sm90.md
   for tool in memcheck racecheck initcheck synccheck; do
-    LINES_SHOWN=4 run "$tool" 150 compute-sanitizer --tool $tool --error-exitcode 1 "$python" tests/cuda/small_shapes.py
+    for test in router_test pipeline_test attention_test; do
+      LINES_SHOWN=1 run "${tool}_$test" 200 compute-sanitizer --tool $tool --error-exitcode 1 $bin/$test small
+    done
+    LINES_SHOWN=1 run "${tool}_attention_sm80" 200 \
+      compute-sanitizer --tool $tool --error-exitcode 1 $bin/attention_test small sm80
   done
 fi
-step pytest && run pytest 400 "$python" -m pytest -q -x tests -k "cuda or Cuda or device"
+export PYTHONPATH=$build/python
+if step sanitizer; then
+  LINES_SHOWN=1 run memcheck_ops 200 \
+    compute-sanitizer --tool memcheck --error-exitcode 1 "$python" tests/cuda/small_shapes.py
+fi
+if step pytest; then
+  LINES_SHOWN=20 run info 60 "$python" -m dhsa_ext.info
+  run pytest 600 "$python" -m pytest -q tests -k "cuda or Cuda"
+fi
+if step time; then
+  LINES_SHOWN=40 run time_attention 120 $bin/attention_test time
+  LINES_SHOWN=10 run time_attention_sm80 120 $bin/attention_test time sm80 32K
+  LINES_SHOWN=12 run time_boundaries 60 $bin/router_test time
+  LINES_SHOWN=12 run time_pipeline 120 $bin/pipeline_test time
+fi
 step bench && LINES_SHOWN=60 run bench 500 "$python" bench/bench_prefill.py --device cuda
 exit $failed

@@ -1,4 +1,5 @@
-// Which GPUs this build runs on. DHSA_CUDA_ARCHS is the list given to CMake, as "80,90a".
+// Which GPUs this build runs on, and with which attention kernels. DHSA_CUDA_ARCHS is the list given to CMake, as
+// "80,90a".
 #include <cstdlib>
 #include <cstring>
 
@@ -22,6 +23,14 @@ bool device_supported(int compute_major, int compute_minor) {
     arch = comma + 1;
   }
   return false;
+}
+
+const char* attention_kernel(int compute_major, int compute_minor) {
+  const bool sm90 = compute_major == 9 && compute_minor == 0 && std::strstr(DHSA_CUDA_ARCHS, "90a") != nullptr;
+  const char* forced = std::getenv("DHSA_FORCE_CUDA_KERNEL");
+  if (forced == nullptr || *forced == '\0') return sm90 ? "sm90" : "sm80";
+  if (std::strcmp(forced, "sm80") == 0) return "sm80";
+  return std::strcmp(forced, "sm90") == 0 && sm90 ? "sm90" : nullptr;
 }
 
 }  // namespace dhsa::cuda

@@ -1,9 +1,8 @@
 // 7. sparse_attention: only the switch, architecture x dtype x head_dim, and the plan for splitting long lists.
 //
 // An sm_90 GPU runs sm90/ (wgmma) if the build holds sm_90a code, every other GPU sm80/ (mma.sync); float32 runs a
-// plain kernel. DHSA_FORCE_CUDA_KERNEL=sm80|sm90 picks one by name, and fails where it cannot run.
+// plain kernel. attention_kernel() (archs.cpp) chooses.
 #include <algorithm>
-#include <cstdlib>
 #include <cstring>
 
 #include "cuda/device/run_walker.h"
@@ -84,37 +83,27 @@ AttentionParams params(const SparseAttention& x, const SplitPlan& plan, const Pa
   return p;
 }
 
-enum class Kernel { kSm80, kSm90 };
-
-// The kernel family for the current device, or the one that was forced.
-cudaError_t choose_kernel(Kernel* kernel) {
+// Whether the sm_90a kernel runs on the current device.
+cudaError_t choose_kernel(bool* sm90) {
   int device = 0, major = 0, minor = 0;
   cudaError_t error = cudaGetDevice(&device);
   if (error == cudaSuccess) error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
   if (error == cudaSuccess) error = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
   if (error != cudaSuccess) return error;
-  const bool sm90 = major == 9 && minor == 0 && std::strstr(archs_compiled(), "90a") != nullptr;
-  const char* forced = std::getenv("DHSA_FORCE_CUDA_KERNEL");
-  if (forced == nullptr || *forced == '\0') {
-    *kernel = sm90 ? Kernel::kSm90 : Kernel::kSm80;
-  } else if (std::strcmp(forced, "sm80") == 0) {
-    *kernel = Kernel::kSm80;
-  } else if (std::strcmp(forced, "sm90") == 0 && sm90) {
-    *kernel = Kernel::kSm90;
-  } else {
-    return cudaErrorNoKernelImageForDevice;
-  }
+  const char* kernel = attention_kernel(major, minor);
+  if (kernel == nullptr) return cudaErrorNoKernelImageForDevice;
+  *sm90 = std::strcmp(kernel, "sm90") == 0;
   return cudaSuccess;
 }
 
 template <class T, int kHeadDim>
 cudaError_t run_half(const AttentionParams& p, cudaStream_t stream) {
-  Kernel kernel;
-  cudaError_t error = choose_kernel(&kernel);
+  bool sm90 = false;
+  cudaError_t error = choose_kernel(&sm90);
   if (error != cudaSuccess) return error;
   const int rows = p.q_block * p.group;
   AttentionParams launched = p;
-  if (kernel == Kernel::kSm90) {
+  if (sm90) {
     error = sm90::attention<T, kHeadDim>(launched, stream);
   } else {
     error = sm80::attention<T, kHeadDim>(launched, kHeadDim == 256 || rows <= 64 ? 1 : 2, stream);

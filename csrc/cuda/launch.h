@@ -35,8 +35,12 @@ cudaError_t run(const SparseAttention&, void* workspace, cudaStream_t);
 cudaError_t run(const SparsePrefill&, void* workspace, cudaStream_t);
 cudaError_t run(const SparseDecode&, void* workspace, cudaStream_t);
 
-// Architectures compiled in, as "80,90a"; and whether the current device can run one of them.
+// Architectures compiled in, as "80,90a"; and whether a GPU of this compute capability can run one of them.
 const char* archs_compiled();
 bool device_supported(int compute_major, int compute_minor);
+
+// The attention kernels that run on such a GPU: "sm90" (wgmma) on a 9.0 where the build holds 90a, else "sm80"
+// (mma.sync). DHSA_FORCE_CUDA_KERNEL=sm80|sm90 picks one; null: it names one that cannot run there.
+const char* attention_kernel(int compute_major, int compute_minor);
 
 }  // namespace dhsa::cuda

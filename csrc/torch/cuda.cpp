@@ -5,7 +5,7 @@
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 
-#include <algorithm>
+#include <cstdlib>
 
 #include "cuda/launch.h"
 #include "torch/ops.h"
@@ -17,10 +17,15 @@ void check_cuda(cudaError_t error, const char* what) {
   if (error != cudaSuccess) throw std::runtime_error(std::string("dhsa: ") + what + ": " + cudaGetErrorString(error));
 }
 
-// Looked up at run time in the CUDA torch already loaded: the library then also loads beside a CPU-only torch.
+// Looked up at run time in the CUDA torch already loaded: the library then also loads beside a CPU-only torch. By the
+// name of torch's library, because Python loads it with local scope, where RTLD_DEFAULT does not look.
 cudaStream_t current_stream(int32_t device) {
   using Getter = AOTITorchError (*)(int32_t, void**);
-  static const Getter getter = reinterpret_cast<Getter>(dlsym(RTLD_DEFAULT, "aoti_torch_get_current_cuda_stream"));
+  static const Getter getter = [] {
+    void* torch_cuda = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
+    return torch_cuda == nullptr ? nullptr
+                                 : reinterpret_cast<Getter>(dlsym(torch_cuda, "aoti_torch_get_current_cuda_stream"));
+  }();
   void* stream = nullptr;
   if (getter == nullptr || getter(device, &stream) != 0) {
     throw std::runtime_error("dhsa: expected a torch with CUDA that gives its current stream, got none");
@@ -28,20 +33,25 @@ cudaStream_t current_stream(int32_t device) {
   return static_cast<cudaStream_t>(stream);
 }
 
-// One sentence before the first launch where no compiled arch runs on the GPU that is there.
+// One sentence before the first launch where no compiled arch runs on the GPU that is there, or not the forced kernel.
 void check_device(int32_t device) {
-  static thread_local int32_t checked = -1;
-  if (checked == device) return;
-  int major = 0, minor = 0;
-  check_cuda(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "compute capability");
-  check_cuda(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device), "compute capability");
-  if (!cuda::device_supported(major, minor)) {
-    throw std::runtime_error("dhsa: expected a GPU of the compiled architectures " +
-                             std::string(cuda::archs_compiled()) + ", got sm_" + std::to_string(major) +
-                             std::to_string(minor) + ": rebuild with DHSA_CUDA_ARCHS=" + std::to_string(major) +
-                             std::to_string(minor));
+  static thread_local int32_t checked = -1, major = 0, minor = 0;
+  if (checked != device) {
+    check_cuda(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "compute capability");
+    check_cuda(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device), "compute capability");
+    checked = device;
   }
-  checked = device;
+  const std::string gpu = std::to_string(major) + std::to_string(minor);
+  const std::string archs = cuda::archs_compiled();
+  if (!cuda::device_supported(major, minor)) {
+    throw std::runtime_error("dhsa: expected a GPU of the compiled architectures " + archs + ", got sm_" + gpu +
+                             ": rebuild with DHSA_CUDA_ARCHS=" + gpu + (gpu == "90" ? "a" : ""));
+  }
+  if (cuda::attention_kernel(major, minor) == nullptr) {
+    throw std::runtime_error(
+        "dhsa: DHSA_FORCE_CUDA_KERNEL: expected sm80, or sm90 on an sm_90 GPU with 90a compiled, got '" +
+        std::string(std::getenv("DHSA_FORCE_CUDA_KERNEL")) + "' on sm_" + gpu + " with " + archs);
+  }
 }
 
 void check_head_dim(const char* op, const Tensor& x) {

@@ -22,6 +22,7 @@ def facts() -> dict[str, str]:
         "ISAs detected": backend.info("isas_detected") if native else "none",
         "ISA active": backend.info("isa_active") if native else "none",
         "CUDA archs": backend.info("cuda_archs") or "none (built without CUDA)",
+        "CUDA kernels": (backend.info("cuda_kernel") if gpus else "") or "none",
         "torch": f"{torch.__version__} (CUDA {torch.version.cuda or 'none'})",
         "GPUs": ", ".join(gpus) or "none",
     }

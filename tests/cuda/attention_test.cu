@@ -2,7 +2,8 @@
 //
 //   attention_test check [kernel]   every dtype, head_dim, S, q_block, window, softcap and kind of list
 //   attention_test small [kernel]   a few small shapes, for compute-sanitizer
-//   attention_test time  [kernel]   ms and TFLOP/s (4 D H sum min(i + 1, budget)) in a CUDA graph
+//   attention_test repeat [kernel]  the same call hundreds of times, warm and with a cold L2: the bits must not change
+//   attention_test time  [kernel [32K]]  ms and TFLOP/s (4 D H sum min(i + 1, budget)) in a CUDA graph
 //
 // kernel: sm80 or sm90 (DHSA_FORCE_CUDA_KERNEL); default: what this GPU gets.
 #include <cuda_bf16.h>
@@ -17,11 +18,13 @@
 #include <string>
 #include <vector>
 
+#include "attention_lists.h"
 #include "cuda/launch.h"
 
 namespace {
 
 using dhsa::DType;
+using namespace dhsa::test;
 
 #define CHECK(call)                                                                              \
   do {                                                                                           \
@@ -31,20 +34,6 @@ using dhsa::DType;
       std::exit(1);                                                                              \
     }                                                                                            \
   } while (0)
-
-enum class Lists { kRuns, kAligned, kSingle, kDense, kMalformed, kTail };
-const char* const kListNames[] = {"runs", "aligned", "single", "dense", "malformed", "tail"};
-
-struct Case {
-  DType dtype = DType::kBFloat16;
-  int64_t batch = 1, heads = 4, heads_kv = 1, select_heads = 1, seqlen_q = 100, seqlen_k = 100, head_dim = 128;
-  int64_t q_block = 64, window = 0;
-  float softcap = 0, scale = 0;  // scale 0: 1 / sqrt(head_dim)
-  bool transposed = true;        // [B, L, heads, D] in memory, with gaps between rows
-  Lists lists = Lists::kRuns;
-  int64_t budget = 64;
-  unsigned seed = 1;
-};
 
 // --- Inputs ----------------------------------------------------------------------------------------------------------
 
@@ -133,155 +122,6 @@ __global__ void reference_kernel(Reference r) {
     r.out[blockIdx.x * head_dim + d] = sum > 0 ? out / sum : 0;
   }
   if (threadIdx.x == 0) r.lse[blockIdx.x] = sum > 0 ? top + log(sum) : -INFINITY;
-}
-
-// --- Lists -----------------------------------------------------------------------------------------------------------
-
-struct HostLists {
-  std::vector<int32_t> runs, num_runs;
-  int64_t capacity = 1;
-  int64_t free_begin = 0, free_end = 0;  // keys in no list
-  double keys = 0;                       // kept and seen by the block's last query, all lists
-  double run_count = 0;
-};
-
-using Runs = std::vector<std::pair<int32_t, int32_t>>;
-
-Runs merged(std::vector<int32_t> keys) {
-  std::sort(keys.begin(), keys.end());
-  Runs runs;
-  for (const int32_t key : keys) {
-    if (!runs.empty() && runs.back().second == key) {
-      ++runs.back().second;
-    } else {
-      runs.push_back({key, key + 1});
-    }
-  }
-  return runs;
-}
-
-// `unit` aligned pieces of random lengths, from [0, end), until `budget` keys are kept; sink and local keys first.
-Runs pick(std::mt19937& rng, int64_t end, int64_t p0, int64_t budget, int64_t sink, int64_t local, int64_t shortest,
-          int64_t longest) {
-  if (end <= budget) return end > 0 ? Runs{{0, int32_t(end)}} : Runs{};
-  std::vector<char> kept(end, 0);
-  int64_t left = budget;
-  const auto keep = [&](int64_t begin, int64_t past) {
-    for (int64_t j = std::max<int64_t>(begin, 0); j < std::min(past, end) && left > 0; ++j) {
-      if (!kept[j]) kept[j] = 1, --left;
-    }
-  };
-  keep(0, sink);
-  keep(p0 - local + 1, end);
-  std::vector<std::pair<int64_t, int64_t>> chunks;
-  for (int64_t j = 0; j < end;) {
-    const int64_t n = shortest + int64_t(rng() % unsigned(longest - shortest + 1));
-    chunks.push_back({j, j + n});
-    j += n;
-  }
-  while (left > 0 && !chunks.empty()) {
-    const size_t i = rng() % chunks.size();
-    keep(chunks[i].first, chunks[i].second);
-    chunks[i] = chunks.back();
-    chunks.pop_back();
-  }
-  Runs runs;
-  for (int64_t j = 0; j < end; ++j) {
-    if (!kept[j]) continue;
-    if (!runs.empty() && runs.back().second == j) {
-      ++runs.back().second;
-    } else {
-      runs.push_back({int32_t(j), int32_t(j + 1)});
-    }
-  }
-  return runs;
-}
-
-HostLists make_lists(const Case& c) {
-  std::mt19937 rng(c.seed * 7919 + 13);
-  const int64_t blocks = (c.seqlen_q + c.q_block - 1) / c.q_block;
-  HostLists out;
-  std::vector<Runs> lists;
-  const bool timing = c.seqlen_k > 4096;
-  if (!timing && c.seqlen_k > 20) {
-    out.free_begin = c.seqlen_k * 3 / 10, out.free_end = out.free_begin + c.seqlen_k / 8;
-    if (c.lists == Lists::kMalformed) out.free_begin = out.free_end = 0;
-  }
-  for (int64_t i = 0; i < c.batch * c.select_heads * blocks; ++i) {
-    const int64_t block = i % blocks, p0 = c.seqlen_k - c.seqlen_q + block * c.q_block;
-    const int64_t p1 = std::min(p0 + c.q_block, c.seqlen_k) - 1;
-    // In checks, a third of the lists also name keys that the causal mask must hide.
-    const int64_t end = !timing && rng() % 3 == 0 ? c.seqlen_k : std::max<int64_t>(p1 + 1, 0);
-    Runs runs;
-    switch (c.lists) {
-      case Lists::kRuns:
-        runs = timing ? pick(rng, end, p0, c.budget, 128, 128, 9, 23) : pick(rng, end, p0, c.budget, 3, 7, 1, 40);
-        break;
-      case Lists::kAligned:
-        runs = pick(rng, end, p0, c.budget, timing ? 128 : 16, 1, timing ? 128 : 16, timing ? 128 : 16);
-        break;
-      case Lists::kSingle: {
-        std::vector<int32_t> keys;
-        if (end <= 2 * c.budget) {
-          for (int64_t j = 0; j < std::min(end, c.budget); ++j) keys.push_back(int32_t(end <= c.budget ? j : 2 * j));
-        } else {
-          std::vector<char> taken(end / 2, 0);
-          while (int64_t(keys.size()) < c.budget) {
-            const size_t j = rng() % taken.size();
-            if (!taken[j]) taken[j] = 1, keys.push_back(int32_t(2 * j));
-          }
-        }
-        runs = merged(keys);
-        break;
-      }
-      case Lists::kDense:
-        runs = end > 0 ? Runs{{0, int32_t(end)}} : Runs{};
-        break;
-      case Lists::kTail:
-        runs = c.seqlen_q - 64 < (block + 1) * c.q_block ? Runs{{0, int32_t(std::max<int64_t>(end, 0))}}
-                                                         : pick(rng, end, p0, c.budget, 128, 128, 9, 23);
-        break;
-      case Lists::kMalformed:
-        for (int j = 0; j < 9; ++j) {
-          const int32_t odd[] = {INT32_MIN,
-                                 -5,
-                                 0,
-                                 3,
-                                 int32_t(c.seqlen_k / 2),
-                                 int32_t(c.seqlen_k - 1),
-                                 int32_t(c.seqlen_k),
-                                 int32_t(c.seqlen_k + 100),
-                                 INT32_MAX};
-          runs.push_back({odd[rng() % 9], odd[rng() % 9]});
-        }
-        break;
-    }
-    if (!timing && c.lists != Lists::kMalformed) {
-      if (rng() % 9 == 0) runs.clear();  // a block with no key
-      Runs cut;                          // nothing from the free keys
-      for (const auto& run : runs) {
-        const int32_t fb = int32_t(out.free_begin), fe = int32_t(out.free_end);
-        if (run.first < std::min(run.second, fb)) cut.push_back({run.first, std::min(run.second, fb)});
-        if (std::max(run.first, fe) < run.second) cut.push_back({std::max(run.first, fe), run.second});
-      }
-      runs = cut;
-    }
-    out.capacity = std::max<int64_t>(out.capacity, runs.size());
-    for (const auto& run : runs) out.keys += run.second - run.first;
-    out.run_count += runs.size();
-    lists.push_back(runs);
-  }
-  out.runs.assign(lists.size() * out.capacity * 2, 0);
-  for (size_t i = 0; i < lists.size(); ++i) {
-    int32_t count = int32_t(lists[i].size());
-    if (c.lists == Lists::kMalformed) count = int32_t(rng() % 40) - 10;
-    out.num_runs.push_back(count);
-    for (size_t j = 0; j < lists[i].size(); ++j) {
-      out.runs[(i * out.capacity + j) * 2] = lists[i][j].first;
-      out.runs[(i * out.capacity + j) * 2 + 1] = lists[i][j].second;
-    }
-  }
-  return out;
 }
 
 // --- One problem on the device ---------------------------------------------------------------------------------------
@@ -534,6 +374,70 @@ int check(bool small) {
   return bad != 0;
 }
 
+// --- Repeats: a race shows as bits that change between runs ----------------------------------------------------------
+
+__global__ void count_different_kernel(const uint32_t* a, const uint32_t* b, int64_t words, unsigned* count) {
+  unsigned different = 0;
+  for (int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; i < words; i += int64_t(gridDim.x) * blockDim.x) {
+    different += a[i] != b[i];
+  }
+  if (different > 0) atomicAdd(count, different);
+}
+
+bool repeat_case(const Case& c, int repeats) {
+  constexpr int64_t kFlushBytes = int64_t(128) << 20;  // more than any L2
+  Problem problem;
+  build(problem, c);
+  const int64_t lse_bytes = problem.lse_count * 4;
+  uint32_t* const out = static_cast<uint32_t*>(problem.allocate(problem.out_bytes));
+  uint32_t* const lse = static_cast<uint32_t*>(problem.allocate(lse_bytes));
+  unsigned* const count = static_cast<unsigned*>(problem.allocate(4));
+  void* const flush = problem.allocate(kFlushBytes);
+  CHECK(cudaMemset(count, 0, 4));
+  for (int i = 0; i <= repeats; ++i) {
+    CHECK(cudaMemset(problem.x.out.data, 0xff, problem.out_bytes));
+    CHECK(cudaMemset(problem.x.lse.data, 0xff, lse_bytes));
+    if (i % 2 == 1) CHECK(cudaMemset(flush, i, kFlushBytes));
+    CHECK(dhsa::cuda::run(problem.x, problem.workspace, nullptr));
+    if (i == 0) {
+      CHECK(cudaMemcpy(out, problem.x.out.data, problem.out_bytes, cudaMemcpyDeviceToDevice));
+      CHECK(cudaMemcpy(lse, problem.x.lse.data, lse_bytes, cudaMemcpyDeviceToDevice));
+    } else {
+      count_different_kernel<<<512, 256>>>(problem.x.out.as<uint32_t>(), out, problem.out_bytes / 4, count);
+      count_different_kernel<<<512, 256>>>(problem.x.lse.as<uint32_t>(), lse, problem.lse_count, count);
+      CHECK(cudaGetLastError());
+    }
+  }
+  unsigned different = 0;
+  CHECK(cudaMemcpy(&different, count, 4, cudaMemcpyDeviceToHost));
+  double error, lse_error;
+  std::vector<int64_t> rows;
+  for (int64_t i = 0; i < 40; ++i) rows.push_back(problem.lse_count - 1 - i * 37 % problem.lse_count);
+  const bool good = different == 0 && compare(problem, c, rows, &error, &lse_error);
+  std::printf("%s %d times ", good ? "ok  " : "FAIL", repeats);
+  print_case(c);
+  std::printf(": %u words changed\n", different);
+  std::fflush(stdout);
+  return good;
+}
+
+// Short items, splits with and without a share, few and many tiles: where a producer may run far ahead.
+int repeat(int repeats) {
+  bool good = true;
+  Case c;
+  c.heads = 32, c.heads_kv = 8, c.select_heads = 8, c.budget = 400, c.transposed = true;
+  c.seqlen_q = c.seqlen_k = 9000, c.lists = Lists::kTail, good &= repeat_case(c, repeats);
+  c.seqlen_q = c.seqlen_k = 4500, c.q_block = 16, c.budget = 64, good &= repeat_case(c, repeats);
+  c.seqlen_q = 48, c.q_block = 64, c.budget = 300, c.lists = Lists::kRuns, good &= repeat_case(c, 2 * repeats);
+  for (const int64_t head_dim : {64, 96, 256}) {
+    c.head_dim = head_dim, c.dtype = head_dim == 96 ? DType::kFloat16 : DType::kBFloat16;
+    c.heads = 16, c.heads_kv = 4, c.select_heads = 4, c.seqlen_q = c.seqlen_k = 5000, c.q_block = 32;
+    c.lists = Lists::kTail, good &= repeat_case(c, repeats);
+    c.seqlen_q = 1, c.q_block = 1, c.lists = Lists::kRuns, good &= repeat_case(c, 2 * repeats);
+  }
+  return !good;
+}
+
 // --- Times -----------------------------------------------------------------------------------------------------------
 
 bool time_case(const char* name, const Case& c, int repeats, double flops = 0) {
@@ -588,35 +492,40 @@ bool time_case(const char* name, const Case& c, int repeats, double flops = 0) {
   return good;
 }
 
-int time_all(bool all) {
+int time_all(bool short_only) {
   Case c;
   c.heads = 32, c.heads_kv = 8, c.select_heads = 1, c.q_block = 128, c.budget = 2048;
+  const Case base = c;
   bool good = true;
-  for (const int64_t length : {int64_t(131072), int64_t(32768)}) {
-    c.seqlen_q = c.seqlen_k = length;
-    const std::string at = length == 131072 ? " 128K/2048" : " 32K/2048";
-    c.lists = Lists::kRuns, good &= time_case(("A" + at).c_str(), c, 10);
-    c.lists = Lists::kAligned, good &= time_case(("B" + at).c_str(), c, 10);
-    c.lists = Lists::kSingle, good &= time_case(("C" + at).c_str(), c, 10);
-  }
-  if (!all) return !good;
-  c.seqlen_q = c.seqlen_k = 131072, c.lists = Lists::kTail;
-  good &= time_case("A 128K/2048 dense_tail 64", c, 5);
-  c.lists = Lists::kRuns, c.q_block = 64, c.select_heads = 8;
-  good &= time_case("A 128K/2048 S 8 q_block 64", c, 5);
-  c.seqlen_q = c.seqlen_k = 8192, c.q_block = 128, c.select_heads = 1;
-  good &= time_case("A 8K/2048", c, 20);
-  c.seqlen_q = c.seqlen_k = 32768, c.lists = Lists::kDense, c.budget = 32768;
-  good &= time_case("dense 32K", c, 5);
-  c.lists = Lists::kRuns, c.budget = 2048, c.head_dim = 64;
+  const auto lists_abc = [&](int64_t length, const char* at) {
+    c = base, c.seqlen_q = c.seqlen_k = length;
+    c.lists = Lists::kRuns, good &= time_case((std::string("A ") + at).c_str(), c, 10);
+    c.lists = Lists::kAligned, good &= time_case((std::string("B ") + at).c_str(), c, 10);
+    c.lists = Lists::kSingle, good &= time_case((std::string("C ") + at).c_str(), c, 10);
+  };
+  lists_abc(32768, "32K/2048");
+  c.lists = Lists::kRuns, c.head_dim = 64;
   good &= time_case("A 32K/2048 D 64", c, 10);
   c.head_dim = 256, c.heads = 8, c.heads_kv = 4, c.softcap = 50;
   good &= time_case("A 32K/2048 D 256 8/4 softcap 50", c, 10);
-  c.head_dim = 128, c.heads = 32, c.heads_kv = 8, c.softcap = 0, c.dtype = DType::kFloat16;
+  if (short_only) return !good;
+
+  lists_abc(131072, "128K/2048");
+  c.lists = Lists::kTail;
+  good &= time_case("A 128K/2048 dense_tail 64", c, 5);
+  c.lists = Lists::kRuns, c.q_block = 64, c.select_heads = 8;
+  good &= time_case("A 128K/2048 S 8 q_block 64", c, 5);
+  c = base, c.seqlen_q = c.seqlen_k = 8192;
+  good &= time_case("A 8K/2048", c, 20);
+  c.seqlen_q = c.seqlen_k = 32768, c.lists = Lists::kDense, c.budget = 32768;
+  good &= time_case("dense 32K", c, 5);
+  c.lists = Lists::kRuns, c.budget = 2048, c.dtype = DType::kFloat16;
   good &= time_case("A 32K/2048 fp16", c, 10);
   c.dtype = DType::kBFloat16, c.heads = 8, c.heads_kv = 8;
   good &= time_case("A 32K/2048 8/8 heads", c, 10);
-  c.heads = 32, c.seqlen_q = 1, c.seqlen_k = 131072, c.q_block = 1;
+  c.heads = 32, c.select_heads = 32, c.q_block = 64;
+  good &= time_case("A 32K/2048 S 32 q_block 64", c, 10);
+  c = base, c.seqlen_q = 1, c.seqlen_k = 131072, c.q_block = 1;
   good &= time_case("decode 1 query 128K/2048", c, 10);
   return !good;
 }
@@ -630,6 +539,7 @@ int main(int argc, char** argv) {
   CHECK(cudaGetDeviceProperties(&properties, 0));
   std::printf("%s, compiled for %s, kernel %s\n", properties.name, dhsa::cuda::archs_compiled(),
               argc > 2 ? argv[2] : "default");
-  if (mode == "time") return time_all(argc <= 3);
+  if (mode == "repeat") return repeat(200);
+  if (mode == "time") return time_all(argc > 3);
   return check(mode == "small");
 }

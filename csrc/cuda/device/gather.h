@@ -3,6 +3,7 @@
 
 #include "cuda/device/attention_work.h"
 #include "cuda/device/cp_async.h"
+#include "cuda/device/run_walker.h"
 #include "cuda/device/smem_tile.h"
 
 namespace dhsa::cuda {
@@ -16,7 +17,7 @@ struct GatherShape {
   static_assert(32 % kRowsPerStep == 0 && kLanesPerRow * kChunksPerLane * 8 == kHeadDim, "whole rows, whole slots");
 };
 
-// Rows key[..] (RunWalker::keys_at) of `base` into the tile; a key of -1 writes zeros: 0 x what was there might be NaN.
+// Rows key[..] (RunWalker::keys_at) of `base` into the tile; kAbsentKey writes zeros: 0 x what was there might be NaN.
 template <class T, int kHeadDim, int kBlockN, int kWarps>
 __device__ inline void gather_keys(uint32_t smem, const T* base, int64_t row_stride,
                                    const int32_t (&key)[(kBlockN + 31) / 32], int32_t warp, int32_t lane) {
@@ -27,17 +28,18 @@ __device__ inline void gather_keys(uint32_t smem, const T* base, int64_t row_str
   for (int32_t i = 0; i < kBlockN / Shape::kRowsPerStep; ++i) {
     const int32_t row = i * Shape::kRowsPerStep + row_in_step;
     const int32_t row_key = __shfl_sync(0xffffffffu, key[i * Shape::kRowsPerStep / 32], row % 32);
-    const T* source = base + int64_t(max(row_key, 0)) * row_stride;
+    const bool valid = row_key != kAbsentKey;
+    const T* source = base + (valid ? row_key * row_stride : 0);
 #pragma unroll
     for (int32_t j = 0; j < Shape::kChunksPerLane; ++j) {
       const int32_t chunk = first_chunk + j * Shape::kLanesPerRow;
-      cp_async_16(smem + SmemTile<kBlockN, kHeadDim>::offset(row, chunk), source + chunk * 8, row_key >= 0);
+      cp_async_16(smem + SmemTile<kBlockN, kHeadDim>::offset(row, chunk), source + chunk * 8, valid);
     }
   }
 }
 
 // The same by one warp, for keys listed in shared memory: a group of lanes takes consecutive rows, four keys a load.
-// kWhole: no key is -1.
+// kWhole: none is kAbsentKey.
 template <class T, int kHeadDim, int kBlockN, bool kWhole>
 __device__ inline void copy_listed_rows(uint32_t smem, const T* base, int64_t row_stride, const int32_t* keys,
                                         int32_t lane) {
@@ -51,8 +53,8 @@ __device__ inline void copy_listed_rows(uint32_t smem, const T* base, int64_t ro
     const int32_t key[4] = {four.x, four.y, four.z, four.w};
 #pragma unroll
     for (int32_t r = 0; r < 4; ++r) {
-      const bool valid = kWhole || key[r] >= 0;
-      const T* source = base + int64_t(valid ? key[r] : 0) * row_stride + first_chunk * 8;
+      const bool valid = kWhole || key[r] != kAbsentKey;
+      const T* source = base + (valid ? key[r] * row_stride : 0) + first_chunk * 8;
 #pragma unroll
       for (int32_t j = 0; j < Shape::kChunksPerLane; ++j) {
         const int32_t chunk = first_chunk + j * Shape::kLanesPerRow;

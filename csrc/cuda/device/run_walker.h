@@ -15,6 +15,7 @@
 namespace dhsa::cuda {
 
 constexpr int64_t kMaxSeqlenK = int64_t(1) << 26;
+constexpr int32_t kAbsentKey = 1 << 30;      // behind every position, and far from overflow
 constexpr uint32_t kMaxListKeys = 1u << 30;  // a malformed list can name a key many times; it is cut here
 
 class RunWalker {
@@ -34,13 +35,13 @@ class RunWalker {
   }
 
   // The keys at positions [begin, begin + 32 * kSlots) below `limit`: key[i] is that of position begin + 32 i + lane,
-  // or -1 past the end. Returns how many there are. Calls come with rising, non-overlapping positions.
+  // or kAbsentKey past the end. Returns how many there are. Calls come with rising, non-overlapping positions.
   template <int kSlots>
   __device__ int32_t keys_at(uint32_t begin, uint32_t limit, int32_t (&key)[kSlots]) {
     limit = min(limit, kMaxListKeys);
     const uint32_t end = min(begin + 32 * kSlots, limit);
 #pragma unroll
-    for (int32_t i = 0; i < kSlots; ++i) key[i] = -1;
+    for (int32_t i = 0; i < kSlots; ++i) key[i] = kAbsentKey;
     while (true) {
 #pragma unroll
       for (int32_t i = 0; i < kSlots; ++i) {

@@ -39,13 +39,10 @@ __device__ inline void wgmma_touch(float (&r)[kCount]) {
 template <class T, int kN>
 struct Wgmma;
 
+#define DHSA_NAMES_16 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
 #define DHSA_NAMES_32                                                      \
   "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
   "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-#define DHSA_NAMES_40                                                                \
-  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "           \
-  "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
-  "%32, %33, %34, %35, %36, %37, %38, %39"
 #define DHSA_NAMES_48                                                                \
   "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "           \
   "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
@@ -67,9 +64,9 @@ struct Wgmma;
 #define DHSA_OUT_8(d, i)                                                                                      \
   "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), \
       "+f"(d[i + 7])
+#define DHSA_OUT_16(d) DHSA_OUT_8(d, 0), DHSA_OUT_8(d, 8)
 #define DHSA_OUT_32(d) DHSA_OUT_8(d, 0), DHSA_OUT_8(d, 8), DHSA_OUT_8(d, 16), DHSA_OUT_8(d, 24)
-#define DHSA_OUT_40(d) DHSA_OUT_32(d), DHSA_OUT_8(d, 32)
-#define DHSA_OUT_48(d) DHSA_OUT_40(d), DHSA_OUT_8(d, 40)
+#define DHSA_OUT_48(d) DHSA_OUT_32(d), DHSA_OUT_8(d, 32), DHSA_OUT_8(d, 40)
 #define DHSA_OUT_64(d) DHSA_OUT_48(d), DHSA_OUT_8(d, 48), DHSA_OUT_8(d, 56)
 #define DHSA_OUT_128(d)                                                                                          \
   DHSA_OUT_64(d), DHSA_OUT_8(d, 64), DHSA_OUT_8(d, 72), DHSA_OUT_8(d, 80), DHSA_OUT_8(d, 88), DHSA_OUT_8(d, 96), \
@@ -96,22 +93,22 @@ struct Wgmma;
                    : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(1));                      \
     }                                                                                                  \
   };
+DHSA_WGMMA(__nv_bfloat16, "bf16", 32, 16, "%16", "%17", "%18", "%19", "%20", "%21")
 DHSA_WGMMA(__nv_bfloat16, "bf16", 64, 32, "%32", "%33", "%34", "%35", "%36", "%37")
-DHSA_WGMMA(__nv_bfloat16, "bf16", 80, 40, "%40", "%41", "%42", "%43", "%44", "%45")
 DHSA_WGMMA(__nv_bfloat16, "bf16", 96, 48, "%48", "%49", "%50", "%51", "%52", "%53")
 DHSA_WGMMA(__nv_bfloat16, "bf16", 128, 64, "%64", "%65", "%66", "%67", "%68", "%69")
 DHSA_WGMMA(__nv_bfloat16, "bf16", 256, 128, "%128", "%129", "%130", "%131", "%132", "%133")
+DHSA_WGMMA(__half, "f16", 32, 16, "%16", "%17", "%18", "%19", "%20", "%21")
 DHSA_WGMMA(__half, "f16", 64, 32, "%32", "%33", "%34", "%35", "%36", "%37")
-DHSA_WGMMA(__half, "f16", 80, 40, "%40", "%41", "%42", "%43", "%44", "%45")
 DHSA_WGMMA(__half, "f16", 96, 48, "%48", "%49", "%50", "%51", "%52", "%53")
 DHSA_WGMMA(__half, "f16", 128, 64, "%64", "%65", "%66", "%67", "%68", "%69")
 DHSA_WGMMA(__half, "f16", 256, 128, "%128", "%129", "%130", "%131", "%132", "%133")
 #undef DHSA_WGMMA
 #undef DHSA_OUT_8
+#undef DHSA_OUT_16
+#undef DHSA_NAMES_16
 #undef DHSA_OUT_32
 #undef DHSA_NAMES_32
-#undef DHSA_OUT_40
-#undef DHSA_NAMES_40
 #undef DHSA_OUT_48
 #undef DHSA_NAMES_48
 #undef DHSA_OUT_64

@@ -72,18 +72,13 @@ __device__ inline void multiply_qk(float (&s)[C::kRowTiles][C::kBlockN / 2], uin
   }
 }
 
-// o += P V for the warp's rows; P is rounded to T on the way.
+// o += P V for the warp's rows.
 template <class T, class C>
 __device__ inline void multiply_pv(float (&o)[C::kRowTiles][C::kHeadDim / 2],
-                                   const float (&p)[C::kRowTiles][C::kBlockN / 2], uint32_t v_smem, int32_t lane) {
+                                   const uint32_t (&prob)[C::kRowTiles][C::kBlockN / 16][4], uint32_t v_smem,
+                                   int32_t lane) {
 #pragma unroll
   for (int32_t step = 0; step < C::kBlockN / 16; ++step) {
-    uint32_t a[C::kRowTiles][4];
-#pragma unroll
-    for (int32_t m = 0; m < C::kRowTiles; ++m) {
-#pragma unroll
-      for (int32_t i = 0; i < 4; ++i) a[m][i] = pack<T>(p[m][8 * step + 2 * i], p[m][8 * step + 2 * i + 1]);
-    }
 #pragma unroll
     for (int32_t n = 0; n < C::kHeadDim / 16; ++n) {
       uint32_t b[4];  // columns 16 n + 0..7: b[0], b[1]; 8..15: b[2], b[3]
@@ -93,8 +88,8 @@ __device__ inline void multiply_pv(float (&o)[C::kRowTiles][C::kHeadDim / 2],
       for (int32_t m = 0; m < C::kRowTiles; ++m) {
         float (&o0)[4] = reinterpret_cast<float (&)[4]>(o[m][8 * n]);
         float (&o1)[4] = reinterpret_cast<float (&)[4]>(o[m][8 * n + 4]);
-        mma_m16n8k16<T>(o0, a[m], b[0], b[1]);
-        mma_m16n8k16<T>(o1, a[m], b[2], b[3]);
+        mma_m16n8k16<T>(o0, prob[m][step], b[0], b[1]);
+        mma_m16n8k16<T>(o1, prob[m][step], b[2], b[3]);
       }
     }
   }
@@ -155,7 +150,7 @@ __global__ void __launch_bounds__(C::kThreads, 2) attention_kernel(const Attenti
 #pragma unroll
     for (int32_t i = 0; i < C::kHeadDim / 2; ++i) o[m][i] = 0.0f;
   }
-  const LogitRule rule(p.scale, p.softcap);
+  const LogitRule<false> rule(p.scale, p.softcap);
 
   bool masked = false, masked_next = false;
   gather_queries<T, C::kHeadDim, C::kBlockM, C::kBlockM, C::kWarps>(q_smem, p, item, 0, warp, lane);
@@ -168,15 +163,16 @@ __global__ void __launch_bounds__(C::kThreads, 2) attention_kernel(const Attenti
     const uint32_t k_smem = q_smem + C::QTile::kBytes + stage * C::kStageBytes;
 
     float s[C::kRowTiles][C::kBlockN / 2];
+    uint32_t prob[C::kRowTiles][C::kBlockN / 16][4];
     multiply_qk<T, C>(s, q_smem, k_smem, warp, lane);
 #pragma unroll
     for (int32_t m = 0; m < C::kRowTiles; ++m) {
       rule.transform(s[m]);
       if (masked) mask_tile(s[m], tile_keys + stage * C::kBlockN, position[m], p.window, lane);
       float rescale[2];
-      if (softmax[m].update(s[m], rule.factor, rescale)) scale_rows(o[m], rescale);
+      if (softmax[m].template update<T>(prob[m], s[m], rule.factor, rescale)) scale_rows(o[m], rescale);
     }
-    multiply_pv<T, C>(o, s, k_smem + C::KTile::kBytes, lane);
+    multiply_pv<T, C>(o, prob, k_smem + C::KTile::kBytes, lane);
 
     count = count_next, masked = masked_next, stage ^= 1;
   }

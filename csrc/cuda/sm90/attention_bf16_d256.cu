@@ -5,7 +5,7 @@ namespace dhsa::cuda::sm90 {
 
 template <>
 cudaError_t attention<__nv_bfloat16, 256>(AttentionParams& p, cudaStream_t stream) {
-  return launch<__nv_bfloat16, Config<256, 1, 64, 2>>(p, stream);
+  return launch<__nv_bfloat16, Config<256, 1, 32, 4>>(p, stream);
 }
 
 }  // namespace dhsa::cuda::sm90

@@ -108,7 +108,7 @@ __device__ inline void walk(const AttentionParams& p, const Smem<C>& smem, uint8
 #pragma unroll
       for (int32_t i = 0; i < C::kSlots; ++i) {
         masked |= key[i] > item.first_position;
-        masked |= p.window > 0 && key[i] >= 0 && item.last_position - key[i] >= p.window;
+        masked |= p.window > 0 && item.last_position - key[i] >= p.window;
       }
       masked = __any_sync(0xffffffffu, masked);
       barrier_wait(smem.empty(ring.stage), ring.parity ^ 1);
@@ -178,19 +178,22 @@ __device__ inline void issue_pv(float (&o)[C::kHeadDim / 2], const uint32_t (&pr
   }
 }
 
-template <class T, int kCount>
-__device__ inline void round_probabilities(uint32_t (&prob)[kCount / 8][4], const float (&s)[kCount]) {
+// to = from, here and not earlier: volatile, because ptxas would merge the two and then run the products that read `to`
+// one after the other.
+template <int kSteps>
+__device__ inline void replace(uint32_t (&to)[kSteps][4], const uint32_t (&from)[kSteps][4]) {
 #pragma unroll
-  for (int32_t i = 0; i < kCount / 2; ++i) prob[i / 4][i % 4] = pack<T>(s[2 * i], s[2 * i + 1]);
+  for (int32_t i = 0; i < 4 * kSteps; ++i)
+    asm volatile("mov.b32 %0, %1;" : "=r"(to[i / 4][i % 4]) : "r"(from[i / 4][i % 4]));
 }
 
-template <class T, class C>
+template <class T, class C, bool kPlain>
 __device__ inline void consume(const AttentionParams& p, const Smem<C>& smem, const uint8_t* smem_bytes,
                                int32_t warpgroup) {
   const int32_t warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
   const int32_t* const keys = reinterpret_cast<const int32_t*>(smem_bytes + C::kKeysOffset);
   const volatile int32_t* const header = reinterpret_cast<const int32_t*>(smem_bytes + C::kHeaderOffset);
-  const LogitRule rule(p.scale, p.softcap);
+  const LogitRule<kPlain> rule(p.scale, p.softcap);
   constexpr int kHalves = C::kHalves;
   Ring<C::kStages> ring;
   const int32_t items = int32_t(num_items(p));
@@ -205,12 +208,8 @@ __device__ inline void consume(const AttentionParams& p, const Smem<C>& smem, co
     return int32_t(header[at.stage]);
   };
   // Turns: while one warpgroup is in its softmax, the other's products have the tensor cores.
-  const auto await_turn = [&] {
-    if constexpr (C::kAlternate) named_barrier_sync(3 + warpgroup, 256);
-  };
-  const auto pass_turn = [&] {
-    if constexpr (C::kAlternate) named_barrier_arrive(3 + (warpgroup ^ 1), 256);
-  };
+  const auto await_turn = [&] { named_barrier_sync(3 + warpgroup, 256); };
+  const auto pass_turn = [&] { named_barrier_arrive(3 + (warpgroup ^ 1), 256); };
   if (warpgroup == 1) pass_turn();
   // The first item from `index` on that has rows; its Q is on the way to this warpgroup's part of the Q tile.
   const auto start_item = [&](int32_t index) {
@@ -248,7 +247,7 @@ __device__ inline void consume(const AttentionParams& p, const Smem<C>& smem, co
       for (int32_t i = 0; i < C::kHeadDim / 2; ++i) o[h][i] = 0.0f;
     }
 
-    // Logits of half h to unrounded probabilities, with O[h] brought to the new maximum.
+    // Logits of half h to probabilities, with O[h] brought to the new maximum. Ends the P V under way.
     const auto softmax_step = [&](int32_t h, int32_t tile_header, int32_t stage) {
       rule.transform(s);
       if (tile_header & kMasked) {
@@ -257,14 +256,16 @@ __device__ inline void consume(const AttentionParams& p, const Smem<C>& smem, co
         mask_tile(s, keys + stage * C::kBlockN, position, p.window, lane);
       }
       float rescale[2];
-      const bool grew = softmax[h].update(s, rule.factor, rescale);
       if constexpr (kHalves == 1) {
+        uint32_t next[C::kBlockN / 16][4];
+        const bool grew = softmax[h].template update<T>(next, s, rule.factor, rescale);
         wgmma_wait<0>();  // the P V under way writes this very O, and reads the P that is replaced next
         wgmma_touch(o[h]);
-      }
-      if (grew) scale_rows(o[h], rescale);
-      round_probabilities<T>(prob[h], s);
-      if constexpr (kHalves == 2) {
+        if (grew) scale_rows(o[h], rescale);
+        replace(prob[h], next);
+      } else {
+        const bool grew = softmax[h].template update<T>(prob[h], s, rule.factor, rescale);
+        if (grew) scale_rows(o[h], rescale);
         wgmma_wait<0>();
         wgmma_touch(o[1 - h]);
       }
@@ -278,6 +279,14 @@ __device__ inline void consume(const AttentionParams& p, const Smem<C>& smem, co
     softmax_step(0, tile, ring.stage);
 
     int32_t finished = -1;  // the stage whose last P V is under way
+    Ring<C::kStages> next_ring;
+    int32_t next_tile = 0;
+    const auto await_next = [&] {
+      if (tile & kLast) return;
+      next_ring = ring;
+      next_ring.advance();
+      next_tile = await_tile(next_ring);
+    };
     while (true) {
       if constexpr (kHalves == 2) {
         await_turn();
@@ -287,16 +296,16 @@ __device__ inline void consume(const AttentionParams& p, const Smem<C>& smem, co
         issue_pv<T, C>(o[0], prob[0], smem, ring.stage);
         wgmma_commit();
         pass_turn();
+        await_next();  // here, where the wait for S hides it
         wgmma_wait<1>();
         wgmma_touch(s);
         if (finished >= 0) arrive(smem.empty(finished));
         softmax_step(1, tile, ring.stage);
-      } else {
       }
       if (tile & kLast) break;
       const int32_t stage = ring.stage;
-      ring.advance();
-      tile = await_tile(ring);
+      if constexpr (kHalves == 1) await_next();
+      ring = next_ring, tile = next_tile;
       await_turn();
       wgmma_fence();
       issue_qk<T, C>(s, smem, warpgroup * kHalves, ring.stage);
@@ -331,7 +340,7 @@ __device__ inline void consume(const AttentionParams& p, const Smem<C>& smem, co
 
 // --- Kernel and launcher ---------------------------------------------------------------------------------------------
 
-template <class T, class C>
+template <class T, class C, bool kPlain>
 __global__ void __launch_bounds__(C::kThreads, 1) attention_kernel(const __grid_constant__ AttentionParams p) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   extern __shared__ uint8_t unaligned[];
@@ -354,7 +363,7 @@ __global__ void __launch_bounds__(C::kThreads, 1) attention_kernel(const __grid_
     if (warp == 2) copy<T, C>(p, smem, smem_bytes, p.v, p.v_stride, C::KTile::kBytes, lane);
   } else {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(C::kConsumerRegisters));
-    consume<T, C>(p, smem, smem_bytes, warpgroup - 1);
+    consume<T, C, kPlain>(p, smem, smem_bytes, warpgroup - 1);
   }
 #endif
 }
@@ -368,7 +377,7 @@ cudaError_t launch(AttentionParams& p, cudaStream_t stream) {
   if (error == cudaSuccess) {
     error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
   }
-  const auto kernel = attention_kernel<T, C>;
+  const auto kernel = plain_logits(p.scale, p.softcap) ? attention_kernel<T, C, true> : attention_kernel<T, C, false>;
   if (error == cudaSuccess) {
     error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, C::kSmemBytes);
   }

@@ -7,13 +7,12 @@ namespace dhsa::cuda::sm90 {
 
 // kHalves m64 tiles per consumer warpgroup (two of them): 128 rows share each gathered key, or 256. kBlockN keys a
 // tile.
-template <int kHeadDim_, int kHalves_, int kBlockN_, int kStages_, bool kAlternate_ = true>
+template <int kHeadDim_, int kHalves_, int kBlockN_, int kStages_>
 struct Config {
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr int kHalves = kHalves_;
   static constexpr int kBlockN = kBlockN_;
   static constexpr int kStages = kStages_;
-  static constexpr bool kAlternate = kAlternate_;  // the consumers take turns at issuing products
   static constexpr int kConsumers = 2;
   static constexpr int kThreads = 128 * (1 + kConsumers);
   static constexpr int kBlockM = 64 * kHalves * kConsumers;
