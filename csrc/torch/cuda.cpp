@@ -1,5 +1,5 @@
 // The ops on CUDA tensors: torch's current stream and device, torch's memory, the core's kernels. The schemas are
-// dhsa_ext/ops.py's, which also sends score "mass" and refine to the stages (their CUDA kernels do not exist yet).
+// dhsa_ext/ops.py's.
 #include <cuda_runtime_api.h>
 #include <dlfcn.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -71,6 +71,8 @@ void check_q_block(const char* op, int64_t q_block) {
 // What CUDA asks beyond the core's check().
 template <class Params>
 void check_on_cuda(const Params&) {}
+void check_on_cuda(const ChunkMass& p) { check_head_dim("chunk_mass", p.q); }
+void check_on_cuda(const RefineKeys& p) { check_head_dim("refine_keys", p.q); }
 void check_on_cuda(const SparseAttention& p) {
   check_head_dim("sparse_attention", p.q);
   check_q_block("sparse_attention", p.q_block);
@@ -104,9 +106,11 @@ STABLE_TORCH_LIBRARY_IMPL(dhsa, CUDA, m) {
   m.impl("chunk_scores", TORCH_BOX(&CudaOps::chunk_scores));
   m.impl("token_scores", TORCH_BOX(&CudaOps::token_scores));
   m.impl("select_keys", TORCH_BOX(&CudaOps::select_keys));
+  m.impl("chunk_mass", TORCH_BOX(&CudaOps::chunk_mass));
+  m.impl("refine_keys", TORCH_BOX(&CudaOps::refine_keys));
   m.impl("sparse_attention", TORCH_BOX(&CudaOps::sparse_attention));
-  m.impl("_sparse_prefill_dot", TORCH_BOX(&CudaOps::sparse_prefill));
-  m.impl("_sparse_decode_dot", TORCH_BOX(&CudaOps::sparse_decode));
+  m.impl("sparse_prefill", TORCH_BOX(&CudaOps::sparse_prefill));
+  m.impl("sparse_decode", TORCH_BOX(&CudaOps::sparse_decode));
 }
 
 }  // namespace

@@ -9,7 +9,6 @@ ValueError or RuntimeError with one sentence that names the argument.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -52,13 +51,7 @@ SCHEMAS = (
     "float softcap=0.0, int? window=None) -> (Tensor out, Tensor lse)",
 )
 OPS = tuple(schema.split("(")[0] for schema in SCHEMAS)
-BY_STAGES: dict[
-    str, tuple[str, Callable]
-] = {  # op: its fused CUDA kernel's private name (score "dot", refine 0), and what runs otherwise
-    "sparse_prefill": ("_sparse_prefill_dot", reference.prefill_by_stages),
-    "sparse_decode": ("_sparse_decode_dot", reference.decode_by_stages),
-}
-NOT_NATIVE = {"CPU": ("boundary_logits",), "CUDA": ("boundary_logits", "chunk_mass", "refine_keys")}
+NOT_NATIVE = {"CPU": ("boundary_logits",), "CUDA": ("boundary_logits",)}
 
 for _schema in SCHEMAS:
     library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -214,23 +207,6 @@ def _refused_on_cuda(op: str) -> Callable:
     return kernel
 
 
-def _native_or_by_stages(op: str, native: str, by_stages: Callable) -> Callable:
-    """The fused CUDA kernel for score "dot" without refine; stage by stage where a stage has no CUDA kernel yet."""
-    schema = getattr(torch.ops.dhsa, op).default._schema
-    check = getattr(checks, op)
-    checked = inspect.signature(check).parameters
-    defaults = {a.name: a.default_value for a in schema.arguments if a.kwarg_only}
-
-    def kernel(*args, **options):
-        options = defaults | options
-        if options["score"] == "dot" and options["refine"] == 0:
-            return getattr(torch.ops.dhsa, native)(*args, **options)
-        check(*args, **{name: value for name, value in options.items() if name in checked})
-        return by_stages(torch.ops.dhsa, *args, **options)
-
-    return kernel
-
-
 def _refuse_grad(op: str) -> Callable:
     overload = getattr(torch.ops.dhsa, op).default
 
@@ -260,10 +236,6 @@ def _register_kernels() -> None:
             library.impl(op, _refused_on_cuda(op), "CUDA")
         elif op in NOT_NATIVE["CUDA"]:
             library.impl(op, _on_reference(op, "it has no CUDA kernel yet"), "CUDA")
-        elif op in BY_STAGES:
-            native, by_stages = BY_STAGES[op]
-            library.define(native + SCHEMAS[OPS.index(op)][len(op) :])
-            library.impl(op, _native_or_by_stages(op, native, by_stages), "CUDA")
 
 
 _register_kernels()

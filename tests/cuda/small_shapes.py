@@ -45,6 +45,16 @@ def main() -> None:
             assert torch.equal(runs.cpu(), want_runs[0]) and torch.equal(num_runs.cpu(), want_runs[1])
             out = ops.sparse_attention(gq, gk, gv, runs, num_runs, q_block, softcap=20.0)
             close(out, reference.sparse_attention(q, k, v, *want_runs, q_block, softcap=20.0)[0], tolerance)
+            k_mean = ops.chunk_pool(gk, offsets, num_chunks, select_heads, "mean")
+            mass, row_lse = ops.chunk_mass(gq, k_mean, offsets, num_chunks, 333, q_block)
+            want_mass = reference.chunk_mass(q.double(), k_mean.cpu(), offsets.cpu(), num_chunks.cpu(), 333, q_block)
+            close(mass, want_mass[0], 1e-4)
+            ops.refine_keys(gq, gk, mass, row_lse, offsets, num_chunks, q_block, 160, 2, sink=8, local=16)
+            ops.refine_keys(gq, gk, chosen, None, offsets, num_chunks, q_block, 160, 2, sink=8, local=16)
+            dhsa_ext.sparse_prefill(gq, gk, gv, 160, score="mass", refine=2, strict=True, **options, **shared)
+            dhsa_ext.sparse_decode(
+                gq[:, :, -3:], gk, gv, k_mean, offsets, num_chunks, 90, score="mass", refine=2, sink=8, local=16
+            )
             out = ops.sparse_decode(gq[:, :, -3:], gk, gv, k_pooled, offsets, num_chunks, 400)
             close(
                 out,
