@@ -63,7 +63,10 @@ class Runner:
         self.kernels = dhsa_ext.reference if name == "reference" else torch.ops.dhsa
 
     def to(self, value):
-        return value.to(self.device) if isinstance(value, torch.Tensor) else value
+        if not isinstance(value, torch.Tensor) or self.device == "cpu":
+            return value
+        memory = value.as_strided((value.untyped_storage().nbytes() // value.element_size(),), (1,), 0)
+        return memory.to(self.device).as_strided(value.shape, value.stride(), value.storage_offset())
 
     def __getattr__(self, stage: str):
         kernel = getattr(self.kernels, stage)

@@ -14,7 +14,7 @@ out=${OUT:-build/gpu-check}
 build=build/gpu
 bin=$build/csrc/cuda
 mkdir -p "$out"
-failed=0
+rm -f "$out/failed"
 
 step() { [[ " $steps " == *" $1 "* ]]; }
 run() {  # run NAME SECONDS COMMAND...
@@ -23,10 +23,14 @@ run() {  # run NAME SECONDS COMMAND...
   if timeout "$limit" "$@" >"$out/$name.log" 2>&1; then
     echo "ok    $name ($((SECONDS - start)) s)"
   else
-    echo "FAIL  $name (exit $?, $((SECONDS - start)) s)"
-    failed=1
+    echo "FAIL  $name (exit $?, $((SECONDS - start)) s)" | tee -a "$out/failed"
   fi
   tail -n "${LINES_SHOWN:-15}" "$out/$name.log" | cut -c1-220
+}
+
+spawn() {  # the same beside others, half as many as there are cores
+  while (($(jobs -rp | wc -l) >= ($(nproc) + 1) / 2)); do wait -n; done
+  run "$@" &
 }
 
 if step build; then
@@ -40,20 +44,27 @@ if step build; then
   find $build/csrc -name _native.so -exec cp {} $build/python/dhsa_ext/ \;
 fi
 if step kernels; then
-  LINES_SHOWN=8 run router 120 $bin/router_test
-  LINES_SHOWN=5 run pipeline 120 $bin/pipeline_test
-  LINES_SHOWN=3 run attention 120 $bin/attention_test
-  LINES_SHOWN=3 run attention_sm80 120 $bin/attention_test check sm80
-  LINES_SHOWN=9 run repeat 120 $bin/attention_test repeat
+  LINES_SHOWN=8 spawn router 120 $bin/router_test
+  LINES_SHOWN=5 spawn pipeline 120 $bin/pipeline_test
+  LINES_SHOWN=8 spawn accurate 120 $bin/accurate_test
+  LINES_SHOWN=3 spawn attention 120 $bin/attention_test
+  LINES_SHOWN=3 spawn attention_sm80 120 $bin/attention_test check sm80
+  LINES_SHOWN=9 spawn repeat 120 $bin/attention_test repeat
+  wait
 fi
-if step sanitizer; then  # racecheck, initcheck and synccheck cannot see wgmma's reads: docs/attention_sm90.md
+if step sanitizer; then
+  # racecheck follows neither mbarriers through a warp's leader nor words that are meant to be read while written: it is
+  # kept from the sm_90a kernel and from suppress_kernel, which attention_test repeat and bitwise tests watch instead.
+  races=(--kernel-name-exclude kns=suppress_kernel,kns=sm90)
   for tool in memcheck racecheck initcheck synccheck; do
-    for test in router_test pipeline_test attention_test; do
-      LINES_SHOWN=1 run "${tool}_$test" 200 compute-sanitizer --tool $tool --error-exitcode 1 $bin/$test small
+    options=(--tool $tool --error-exitcode 1)
+    [[ $tool == racecheck ]] && options+=("${races[@]}")
+    for test in router pipeline accurate attention; do
+      LINES_SHOWN=1 spawn "${tool}_$test" 200 compute-sanitizer "${options[@]}" $bin/${test}_test small
     done
-    LINES_SHOWN=1 run "${tool}_attention_sm80" 200 \
-      compute-sanitizer --tool $tool --error-exitcode 1 $bin/attention_test small sm80
+    LINES_SHOWN=1 spawn "${tool}_attention_sm80" 200 compute-sanitizer "${options[@]}" $bin/attention_test small sm80
   done
+  wait
 fi
 export PYTHONPATH=$build/python
 if step sanitizer; then
@@ -62,13 +73,16 @@ if step sanitizer; then
 fi
 if step pytest; then
   LINES_SHOWN=20 run info 60 "$python" -m dhsa_ext.info
-  run pytest 600 "$python" -m pytest -q tests -k "cuda or Cuda"
+  workers=$("$python" -c 'import xdist' 2>/dev/null && echo "-n $((($(nproc) + 1) / 2))")
+  # shellcheck disable=SC2086  # two words, or none
+  run pytest 1800 "$python" -m pytest -q $workers tests -k "cuda or Cuda"
 fi
 if step time; then
   LINES_SHOWN=40 run time_attention 120 $bin/attention_test time
   LINES_SHOWN=10 run time_attention_sm80 120 $bin/attention_test time sm80 32K
   LINES_SHOWN=12 run time_boundaries 60 $bin/router_test time
   LINES_SHOWN=12 run time_pipeline 120 $bin/pipeline_test time
+  LINES_SHOWN=20 run time_accurate 120 $bin/accurate_test time
 fi
 step bench && LINES_SHOWN=60 run bench 500 "$python" bench/bench_prefill.py --device cuda
-exit $failed
+[[ ! -e $out/failed ]]
