@@ -27,6 +27,7 @@ struct Config {
   static constexpr int kBarrierOffset = (kHeaderOffset + kStages * 4 + 7) & ~7;  // listed, full, empty [kStages]
   static constexpr int kSmemBytes = kBarrierOffset + 3 * kStages * 8 + 1024;     // 1024: to align the tiles
   static_assert(kSmemBytes <= 232448, "an SM gives a block 227 KB");
+  static_assert(kHalves == 1 || kStages >= 3, "the next tile is awaited before the last one is released");
 };
 
 }  // namespace dhsa::cuda::sm90
