@@ -162,6 +162,8 @@ __device__ void load_stage(const TileParams& p, int64_t column, uint32_t stage) 
 template <class T, class C>
 __device__ inline void multiply(const uint32_t (&a)[C::kRowTiles][C::kHeadDim / 16][4], uint32_t stage, int column,
                                 float (&acc)[C::kRowTiles][kSubN / 8][4]) {
+  // Columns of one lane differ by multiples of 8, so that a step only flips bits of the swizzle.
+  const uint32_t at = stage + column * 128 + C::Tile::offset(lane_id() % 8 + lane_id() / 16 * 8, lane_id() / 8 % 2);
 #pragma unroll
   for (int step = 0; step < C::kHeadDim / 16; ++step) {
 #pragma unroll
@@ -169,8 +171,8 @@ __device__ inline void multiply(const uint32_t (&a)[C::kRowTiles][C::kHeadDim / 
 #pragma unroll
       for (int g = 0; g < kSubN / 16; ++g) {
         uint32_t b[4];
-        const int row = column + g * 16 + lane_id() % 8 + lane_id() / 16 * 8;
-        ldmatrix_x4(b, stage + part * C::Tile::kBytes + C::Tile::offset(row, 2 * step + lane_id() / 8 % 2));
+        ldmatrix_x4(b,
+                    (at ^ (step % 4 * 2 << 4)) + step / 4 * C::Tile::kPanelBytes + part * C::Tile::kBytes + g * 2048);
 #pragma unroll
         for (int m = 0; m < C::kRowTiles; ++m) {
           mma_m16n8k16<T>(acc[m][2 * g], a[m][step], b[0], b[1]);
@@ -183,7 +185,7 @@ __device__ inline void multiply(const uint32_t (&a)[C::kRowTiles][C::kHeadDim / 
 
 // The accumulators as logits in log2 units: + log2 n_c for the logsumexp, without it for the scores. Chunks that hold
 // no candidate of a row's block get -inf, the cut chunk its own logit.
-template <class C, bool kScores>
+template <class C, bool kScores, bool kSoftcap>
 __device__ inline void to_logits(const TileParams& p, const RowTile& tile, const Chunks& chunks, int chunk0, int column,
                                  const float2* columns, bool masked, float (&acc)[C::kRowTiles][kSubN / 8][4]) {
   const int member = lane_id() % 4;
@@ -196,7 +198,7 @@ __device__ inline void to_logits(const TileParams& p, const RowTile& tile, const
       for (int i = 0; i < 4; ++i) {
         const float factor = i % 2 ? two.z : two.x, length = kScores ? 0.0f : i % 2 ? two.w : two.y;
         const float z = acc[m][n][i];
-        acc[m][n][i] = p.softcap > 0 ? softcapped2(z * factor, p.softcap) + length : fmaf(z, factor, length);
+        acc[m][n][i] = kSoftcap ? softcapped2(z * factor, p.softcap) + length : fmaf(z, factor, length);
       }
     }
   }
@@ -235,7 +237,7 @@ __device__ inline float2* partial_of(const TileParams& p, const RowTile& tile, i
 
 // --- logsumexp -------------------------------------------------------------------------------------------------------
 
-template <class T, int kHeadDim>
+template <class T, int kHeadDim, bool kSoftcap>
 __global__ void __launch_bounds__(kThreads, 2) lse_kernel(TileParams p) {
   using C = Config<kHeadDim>;
   extern __shared__ __align__(1024) char smem[];
@@ -269,7 +271,7 @@ __global__ void __launch_bounds__(kThreads, 2) lse_kernel(TileParams p) {
     for (int column = 0; column < C::kBlockN; column += kSubN) {
       float z[C::kRowTiles][kSubN / 8][4] = {};
       multiply<T, C>(a, here, column, z);
-      to_logits<C, false>(p, tile, chunks, chunk0, column, columns, masked, z);
+      to_logits<C, false, kSoftcap>(p, tile, chunks, chunk0, column, columns, masked, z);
 #pragma unroll
       for (int m = 0; m < C::kRowTiles; ++m) {
 #pragma unroll
@@ -368,7 +370,7 @@ __device__ void write_scores(const TileParams& p, const RowTile& tile, int chunk
   }
 }
 
-template <class T, int kHeadDim>
+template <class T, int kHeadDim, bool kSoftcap>
 __global__ void __launch_bounds__(kThreads, 2) score_kernel(TileParams p) {
   using C = Config<kHeadDim>;
   extern __shared__ __align__(1024) char smem[];
@@ -408,7 +410,7 @@ __global__ void __launch_bounds__(kThreads, 2) score_kernel(TileParams p) {
       for (int column = 0; column < C::kBlockN; column += kSubN) {
         float z[C::kRowTiles][kSubN / 8][4] = {};
         multiply<T, C>(a, here, column, z);
-        to_logits<C, true>(p, tile, chunks, chunk0, column, columns, masked, z);
+        to_logits<C, true, kSoftcap>(p, tile, chunks, chunk0, column, columns, masked, z);
         float warp_sums[kSubN / 8][2] = {};
 #pragma unroll
         for (int m = 0; m < C::kRowTiles; ++m) {
@@ -466,8 +468,8 @@ cudaError_t launch(const MassParams& x, const MassMeans& means, void* scratch, c
   using C = Config<kHeadDim>;
   TileParams p = plan<C>(x);
   p.means = means, p.partial = static_cast<float2*>(scratch);
-  const auto lse = lse_kernel<T, kHeadDim>;
-  const auto scores = score_kernel<T, kHeadDim>;
+  const auto lse = x.softcap > 0 ? lse_kernel<T, kHeadDim, true> : lse_kernel<T, kHeadDim, false>;
+  const auto scores = x.softcap > 0 ? score_kernel<T, kHeadDim, true> : score_kernel<T, kHeadDim, false>;
   cudaError_t error = cudaFuncSetAttribute(lse, cudaFuncAttributeMaxDynamicSharedMemorySize, C::kSmemBytes);
   if (error == cudaSuccess) {
     error = cudaFuncSetAttribute(scores, cudaFuncAttributeMaxDynamicSharedMemorySize, C::kSmemBytes);

@@ -214,23 +214,27 @@ __device__ void load_pooled_row(const Params& p, const Rows& rows, char* row_til
   __syncthreads();
 }
 
-// Adds the rows of one 16-row tile to the lane's column sums.
-template <bool kPooled>
-__device__ inline void add_rows(const Params& p, const float (&product)[4], float (&sum)[2], float lse_low,
-                                float lse_high, bool low, bool high) {
+enum class Share { kPooled, kPlain, kSoftcap };
+
+// Adds the rows of one 16-row tile to the lane's column sums. kPart: some of its rows are empty.
+template <Share kShare, bool kPart>
+__device__ inline void add_rows(const Params& p, float scale2, const float (&product)[4], float (&sum)[2],
+                                const float (&lse)[2], const bool (&used)[2]) {
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    if (kPooled) {
+    if (kShare == Share::kPooled) {
       sum[i % 2] += product[i];
     } else {
-      const float share = share_of_row(product[i], p.scale, p.softcap, i < 2 ? lse_low : lse_high);
-      sum[i % 2] += (i < 2 ? low : high) ? share : 0.0f;
+      float share = kShare == Share::kSoftcap ? share_of_row(product[i], p.scale, p.softcap, lse[i / 2])
+                                              : exp2_approx(min_or_nan(fmaf(product[i], scale2, lse[i / 2]), 0.0f));
+      if (kPart) share = used[i / 2] ? share : 0.0f;
+      sum[i % 2] += share;
     }
   }
 }
 
 // scores[i] += (add) or = the rows' shares of key positions[i], i < n. A warp takes kKeys neighbours of the list.
-template <class T, int kHeadDim, bool kPooled>
+template <class T, int kHeadDim, Share kShare>
 __device__ void score_tiles(const Params& p, const T* k, const Shortlist& list, int n, int rows, bool add,
                             uint32_t row_smem, uint32_t key_smem, const Shared& shared) {
   using S = Shape<T, kHeadDim>;
@@ -241,15 +245,21 @@ __device__ void score_tiles(const Params& p, const T* k, const Shortlist& list, 
     const int i = tile * S::kKeys + lane_id() % S::kKeys;
     return tile < tiles && i < n ? list.positions[i] : -1;
   };
+  // Addresses of a tile are a lane's base, a constant for the row and the panel, and an exclusive or for the swizzle:
+  // rows of one lane differ by multiples of 8, or of 4 where it gathers.
+  const uint32_t write_at = key_smem + S::KeyTile::offset(lane_id() / kLanesPerRow, lane_id() % kLanesPerRow);
+  const uint32_t key_at = key_smem + S::KeyTile::offset(lane_id() % 8 + lane_id() / 16 * 8, lane_id() / 8 % 2);
+  const uint32_t row_at = row_smem + S::RowTile::offset(lane_id() % 16, lane_id() / 16);
   const auto gather = [&](int position) {
 #pragma unroll
     for (int j = 0; j < S::kKeys / kRowsAtOnce; ++j) {
-      const int row = j * kRowsAtOnce + lane_id() / kLanesPerRow;
-      const int key = __shfl_sync(kFullWarp, position, row);
-      const T* from = k + static_cast<int64_t>(max(key, 0)) * p.k_token;
+      const int key = __shfl_sync(kFullWarp, position, j * kRowsAtOnce + lane_id() / kLanesPerRow);
+      const T* from = k + static_cast<int64_t>(max(key, 0)) * p.k_token + lane_id() % kLanesPerRow * 8;
+      const uint32_t to = (write_at ^ (j % 2 * 4 << 4)) + j * kRowsAtOnce * 128;
 #pragma unroll
-      for (int piece = lane_id() % kLanesPerRow; piece < S::kPieces; piece += kLanesPerRow) {
-        cp_async_16(key_smem + S::KeyTile::offset(row, piece), from + piece * 8, key >= 0);
+      for (int panel = 0; panel < S::KeyTile::kPanels; ++panel) {
+        if (panel * 8 + lane_id() % kLanesPerRow >= S::kPieces) continue;
+        cp_async_16(to + panel * S::KeyTile::kPanelBytes, from + panel * 64, key >= 0);
       }
     }
     cp_async_commit();
@@ -259,6 +269,7 @@ __device__ void score_tiles(const Params& p, const T* k, const Shortlist& list, 
   if (tile < tiles) gather(position_of(tile));
   int next_position = position_of(tile + kWarps);
   const int group = lane_id() / 4, member = lane_id() % 4;
+  const float scale2 = p.scale * kLog2OfE;
   for (; tile < tiles; tile += kWarps) {
     cp_async_wait<0>();
     __syncwarp();
@@ -267,8 +278,7 @@ __device__ void score_tiles(const Params& p, const T* k, const Shortlist& list, 
     for (int step = 0; step < kSteps; ++step) {
 #pragma unroll
       for (int g = 0; g < kGroups; ++g) {
-        const int row = g * 16 + lane_id() % 8 + lane_id() / 16 * 8;
-        ldmatrix_x4(keys[step][g], key_smem + S::KeyTile::offset(row, 2 * step + lane_id() / 8 % 2));
+        ldmatrix_x4(keys[step][g], (key_at ^ (step % 4 * 2 << 4)) + step / 4 * S::KeyTile::kPanelBytes + g * 16 * 128);
       }
     }
     __syncwarp();
@@ -276,40 +286,47 @@ __device__ void score_tiles(const Params& p, const T* k, const Shortlist& list, 
     next_position = position_of(tile + 2 * kWarps);
 
     float sum[kGroups][2][2] = {};  // of 8 columns: the lane's two
+#pragma unroll 1
     for (int row0 = 0; row0 < rows; row0 += 16) {
       float product[kGroups][2][4] = {};
 #pragma unroll
       for (int step = 0; step < kSteps; ++step) {
         uint32_t a[4];
-        ldmatrix_x4(a, row_smem + S::RowTile::offset(row0 + lane_id() % 16, 2 * step + lane_id() / 16));
+        ldmatrix_x4(a, (row_at ^ (step % 4 * 2 << 4)) + step / 4 * S::RowTile::kPanelBytes + row0 * 128);
 #pragma unroll
         for (int g = 0; g < kGroups; ++g) {
           mma_m16n8k16<T>(product[g][0], a, keys[step][g][0], keys[step][g][1]);
           mma_m16n8k16<T>(product[g][1], a, keys[step][g][2], keys[step][g][3]);
         }
       }
-      const float low = shared.row_lse[row0 + group], high = shared.row_lse[row0 + group + 8];
+      const float lse[2] = {shared.row_lse[row0 + group], shared.row_lse[row0 + group + 8]};
+      const bool used[2] = {row0 + group < rows, row0 + group + 8 < rows};
+      if (row0 + 16 <= rows) {
 #pragma unroll
-      for (int g = 0; g < kGroups; ++g) {
+        for (int i = 0; i < 2 * kGroups; ++i) {
+          add_rows<kShare, false>(p, scale2, product[i / 2][i % 2], sum[i / 2][i % 2], lse, used);
+        }
+      } else {
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          add_rows<kPooled>(p, product[g][half], sum[g][half], low, high, row0 + group < rows, row0 + group + 8 < rows);
+        for (int i = 0; i < 2 * kGroups; ++i) {
+          add_rows<kShare, true>(p, scale2, product[i / 2][i % 2], sum[i / 2][i % 2], lse, used);
         }
       }
     }
 #pragma unroll
     for (int g = 0; g < kGroups; ++g) {
+      // Lanes of one member hold the same four columns: halves of the warp first keep two of them each, then one.
+      const bool upper = lane_id() & 16, odd = lane_id() & 8;
+      float two[2];
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        float (&x)[2] = sum[g][half];
-        // Lanes of one member hold the same two columns; halves of the warp first keep one column each.
-        const bool upper = lane_id() >= 16;
-        float mine = (upper ? x[1] : x[0]) + __shfl_xor_sync(kFullWarp, upper ? x[0] : x[1], 16);
-        mine += __shfl_xor_sync(kFullWarp, mine, 8);
-        mine += __shfl_xor_sync(kFullWarp, mine, 4);
-        const int i = tile * S::kKeys + g * 16 + half * 8 + member * 2 + upper;
-        if (group % 4 == 0 && i < n) list.scores[i] = add ? list.scores[i] + mine : mine;
+      for (int c = 0; c < 2; ++c) {
+        const float give = upper ? sum[g][0][c] : sum[g][1][c], keep = upper ? sum[g][1][c] : sum[g][0][c];
+        two[c] = keep + __shfl_xor_sync(kFullWarp, give, 16);
       }
+      float one = (odd ? two[1] : two[0]) + __shfl_xor_sync(kFullWarp, odd ? two[0] : two[1], 8);
+      one += __shfl_xor_sync(kFullWarp, one, 4);
+      const int i = tile * S::kKeys + g * 16 + upper * 8 + member * 2 + odd;
+      if (group % 2 == 0 && i < n) list.scores[i] = add ? list.scores[i] + one : one;
     }
   }
 }
@@ -326,14 +343,18 @@ struct Scorer {
     const uint32_t key_smem = row_smem + S::RowTile::kBytes + warp_id() * S::KeyTile::kBytes;
     if (p.row_lse == nullptr) {
       load_pooled_row<T, kHeadDim>(p, rows, smem, shared);
-      score_tiles<T, kHeadDim, true>(p, k, list, n, 16, add, row_smem, key_smem, shared);
+      score_tiles<T, kHeadDim, Share::kPooled>(p, k, list, n, 16, add, row_smem, key_smem, shared);
       __syncthreads();
       return;
     }
     for (int first = 0; first < rows.count; first += kRowTile) {
       const int here = min(kRowTile, rows.count - first);
       load_rows<T, kHeadDim>(p, rows, first, here, row_smem, shared);
-      score_tiles<T, kHeadDim, false>(p, k, list, n, here, add || first > 0, row_smem, key_smem, shared);
+      if (p.softcap > 0) {
+        score_tiles<T, kHeadDim, Share::kSoftcap>(p, k, list, n, here, add || first > 0, row_smem, key_smem, shared);
+      } else {
+        score_tiles<T, kHeadDim, Share::kPlain>(p, k, list, n, here, add || first > 0, row_smem, key_smem, shared);
+      }
       __syncthreads();
     }
   }

@@ -1,6 +1,6 @@
 // The accurate mode on the GPU: chunk_mass and refine_keys against float64 twins on the host, the fused calls against
 // their stages, and times.
-//   accurate_test [all | small | time]       small: shapes for compute-sanitizer
+//   accurate_test [all | small | time | profile]       small: shapes for compute-sanitizer; profile: for ncu
 #include <set>
 
 #include "cuda/router.h"
@@ -536,7 +536,7 @@ double time_stage(const Stage& stage, int repeats) {
   return graph.microseconds(5) / 1e3;
 }
 
-void time_prefill(int64_t length) {
+void time_prefill(int64_t length, bool profile = false) {
   constexpr DType kType = DType::kBFloat16;
   Input q(1, 32, length, 128, kType, Layout::kTokensFirst, false),
       k(1, 8, length, 128, kType, Layout::kTokensFirst, false),
@@ -561,6 +561,10 @@ void time_prefill(int64_t length) {
   RefineKeys s6 = {q.view, k.view, scores.view, row_lse.view, offsets.view, counts.view,  64,
                    4,      8,      x.choice,    x.softmax,    runs.view,    num_runs.view};
   SparseAttention s7 = {q.view, k.view, v.view, runs.view, num_runs.view, 64, x.softmax, out.view, out.lse.view};
+  if (profile) {  // one call of each stage
+    run_stage(s1, "profile"), run_stage(s2, "profile"), run_stage(s3, "profile");
+    return run_stage(s4, "profile"), run_stage(s6, "profile");
+  }
   const int repeats = length > 40000 ? 1 : 5;
   const double t1 = time_stage(s1, repeats), t2 = time_stage(s2, repeats), t3 = time_stage(s3, repeats);
   const double t4 = time_stage(s4, repeats), t6 = time_stage(s6, repeats), t7 = time_stage(s7, repeats);
@@ -605,6 +609,7 @@ int run_all(const std::string& mode) {
     time_decode(131072);
     return 0;
   }
+  if (mode == "profile") return time_prefill(32768, true), 0;
   small_run = mode == "small";
   const std::pair<const char*, void (*)()> tests[] = {{"chunk_mass", test_mass},
                                                       {"chunk_mass of odd values", test_mass_of_odd_values},
