@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from answers import check_rows, exact_rows, sampled_rows
-from lists import Lists, aligned_lists, paper_lists, scattered_lists, single_key_lists, whole_lists
+from lists import Lists, aligned_lists, chosen_lists, scattered_lists, single_key_lists, whole_lists
 from shapes import Shape
 
 
@@ -44,8 +44,8 @@ class Inputs:
     def lists(self, kind: str) -> Lists:
         """A, B and C of lists.py; "tail", A with a dense tail of 64 queries; "chunks"; "dense", every key."""
         makers: dict[str, Callable[[], Lists]] = {
-            "A": lambda: paper_lists(self.q, self.k, self.shape),
-            "tail": lambda: paper_lists(self.q, self.k, self.shape.but(dense_tail=64)),
+            "A": lambda: chosen_lists(self.q, self.k, self.shape),
+            "tail": lambda: chosen_lists(self.q, self.k, self.shape.but(dense_tail=64)),
             "B": lambda: aligned_lists(self.shape, self.device),
             "C": lambda: single_key_lists(self.shape, self.device),
             "chunks": lambda: scattered_lists(self.shape, self.device),

@@ -3,7 +3,7 @@
 Lists are int32 [B, S, nQ, R, 2] runs and [B, S, nQ] counts as dhsa_ext.sparse_attention takes them. Three kinds, all
 of `budget` keys for each query block:
 
-    A  chunks of about 16 tokens, chosen by the ops as sparse_prefill chooses them
+    A  chosen by the ops as sparse_prefill chooses: chunks of about 16 tokens (accurate mode: single tokens)
     B  128-key aligned blocks: the first, the diagonal one and random others, what block-sparse kernels are given
     C  single keys: random keys with a gap after each, so that no two make a run
 
@@ -11,6 +11,8 @@ B is for a whole prefill with a q_block that divides 128.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,16 +30,25 @@ def block_ends(shape: Shape) -> list[int]:
     return [first + min(b + shape.q_block, shape.queries) for b in range(0, shape.queries, shape.q_block)]
 
 
-def paper_lists(q: Tensor, k: Tensor, shape: Shape) -> Lists:
-    """Lists A: stages 1 to 6, stage by stage."""
+def chosen_lists(q: Tensor, k: Tensor, shape: Shape) -> Lists:
+    """Lists A: stages 1 to 6, stage by stage, or the accurate mode's."""
     chunks = dhsa_ext.select_boundaries(dhsa_ext.boundary_scores(k), shape.max_chunks, shape.nms_radius)
+    forced: dict[str, Any] = dict(
+        sink=min(shape.sink, k.shape[2]), local=min(shape.local, k.shape[2]), dense_tail=shape.dense_tail
+    )
+    if shape.refine:
+        means = dhsa_ext.chunk_pool(k, *chunks, shape.select_heads, "mean")
+        mass = dhsa_ext.chunk_mass(q, means, *chunks, k.shape[2], shape.q_block, shape.q_stride, softcap=shape.softcap)
+        return dhsa_ext.refine_keys(
+            q, k, *mass, *chunks, shape.q_block, shape.budget, shape.refine, **forced, q_stride=shape.q_stride,
+            softcap=shape.softcap,
+        )  # fmt: skip
     scores = dhsa_ext.chunk_scores(
         dhsa_ext.query_pool(q, shape.select_heads, shape.q_block), dhsa_ext.chunk_pool(k, *chunks, shape.select_heads)
     )
     return dhsa_ext.select_keys(
-        scores, *chunks, q.shape[2], k.shape[2], shape.q_block, shape.budget, sink=min(shape.sink, k.shape[2]),
-        local=min(shape.local, k.shape[2]), dense_tail=shape.dense_tail, min_chunk=shape.nms_radius + 1,
-    )  # fmt: skip
+        scores, *chunks, q.shape[2], k.shape[2], shape.q_block, shape.budget, **forced, min_chunk=shape.nms_radius + 1
+    )
 
 
 def aligned_lists(shape: Shape, device: str = "cpu", seed: int = 0) -> Lists:

@@ -31,6 +31,8 @@ class Shape:
     softcap: float = 0.0
     nms_radius: int = 8
     chunk_size: int = 16  # at most seqlen_k // chunk_size chunks
+    refine: int = 0  # 0: the paper's choice; more: the accurate mode, chunk_mass and then refine_keys
+    q_stride: int = 8  # of the accurate mode
 
     @property
     def queries(self) -> int:
@@ -45,6 +47,7 @@ class Shape:
         return dict(
             max_chunks=self.max_chunks, q_block=self.q_block, select_heads=self.select_heads, sink=self.sink,
             local=self.local, dense_tail=self.dense_tail, nms_radius=self.nms_radius, softcap=self.softcap,
+            score="mass" if self.refine else "dot", refine=self.refine, q_stride=self.q_stride,
         )  # fmt: skip
 
     def but(self, **changes: Any) -> Shape:
@@ -72,6 +75,14 @@ GPU = {
         ),
         Shape("32k-d256", "Gemma 2's head and cap", 32768, 2048, heads=8, heads_kv=4, head_dim=256, softcap=50.0),
         Shape("32k-d64", "small heads: half the work for each exponential", 32768, 2048, head_dim=64),
+        Shape(
+            "128k-accurate", "the accurate preset: what a better choice of keys costs",
+            131072, 1024, q_block=64, select_heads=8, sink=16, local=64, refine=4,
+        ),
+        Shape(
+            "32k-accurate", "the same on a long document",
+            32768, 1024, q_block=64, select_heads=8, sink=16, local=64, refine=4,
+        ),
         Shape("32k-full", "every key kept: dense attention's answer, so a dense kernel is the bar", 32768, 32768),
     )
 }  # fmt: skip
