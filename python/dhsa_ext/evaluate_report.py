@@ -154,7 +154,7 @@ def draw_curves(path: Path, summary: Sequence[Row], title: str) -> bool:
         for name in dict.fromkeys((row["policy"], row["boundaries"]) for row in inside):
             curve = [row for row in inside if (row["policy"], row["boundaries"]) == name]
             points = sorted((row["keys"], row["recall"], row["error"]) for row in curve)
-            color, style = _STYLES.get(name[0].partition(":")[0], (None, "-"))
+            color, style = _STYLES.get(name[0], (None, "-"))
             label = name[0] if name[1] in ("", "training-free") else f"{name[0]}, {Path(name[1]).stem} chunks"
             for axis, value in zip(axes[:, column], (1, 2), strict=True):
                 xs, ys = [p[0] for p in points], [p[value] for p in points]
