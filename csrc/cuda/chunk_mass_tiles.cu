@@ -5,17 +5,19 @@
 //   n_c)
 //
 // The second computes the products again instead of reading them: 4 bytes a product through L2 would take longer. A
-// mean is two 16-bit halves (mass.h), so a product is exact to 2^-17 of its terms. A thread block holds 256 row slots
-// as A fragments, 32 a warp, and streams chunks through two cp.async stages of 64. Rows of a query block fill whole
-// octets of slots, so that every octet has one block: its sums over rows are shuffles.
+// mean is two 16-bit halves (mass.h), so a product is exact to 2^-17 of its terms; wgmma on sm_90a, mma.sync elsewhere.
+// A thread block holds 256 row slots as A fragments, 32 a warp, and streams chunks through two cp.async stages of 64.
+// Rows of a query block fill whole octets of slots, so that every octet has one block: its sums over rows are shuffles.
 #include <algorithm>
 
+#include "cuda/device/barrier.h"
 #include "cuda/device/chunks.h"
 #include "cuda/device/cp_async.h"
 #include "cuda/device/load.h"
 #include "cuda/device/logit.h"
 #include "cuda/device/mma.h"
 #include "cuda/device/smem_tile.h"
+#include "cuda/device/wgmma.h"
 #include "cuda/dispatch.h"
 #include "cuda/mass.h"
 
@@ -24,9 +26,13 @@ namespace {
 
 constexpr int kWarps = 8, kThreads = 32 * kWarps;
 constexpr int kSplitChunks = 1024;  // of a thread block: 16 tiles or 50 us, and causal halves come out even
-constexpr int kSubN = 16;           // columns whose accumulators are live at once
-constexpr float kLowest = -1e30f;   // finite, so that a row with no chunk has differences of 0 and a sum of 0
-constexpr float kSlack = 20;        // a row's reference moves when a logit exceeds it by 2^20
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+constexpr int kSubN = 32;  // columns whose accumulators are live at once: wgmma, the narrower the more it reads
+#else
+constexpr int kSubN = 16;  // mma.sync
+#endif
+constexpr float kLowest = -1e30f;  // finite, so that a row with no chunk has differences of 0 and a sum of 0
+constexpr float kSlack = 20;       // a row's reference moves when a logit exceeds it by 2^20
 
 template <int kHeadDim_>
 struct Config {
@@ -158,36 +164,61 @@ __device__ void load_stage(const TileParams& p, int64_t column, uint32_t stage) 
   cp_async_commit();
 }
 
-// acc = q . mean of kSubN columns from `column` of the stage on.
+// acc = q . mean of kSubN columns from `column` of the stage on; acc[m][4 n + i] as mma.h and wgmma.h have it. The four
+// warps of a wgmma's 64 rows each bring 16 of their own.
 template <class T, class C>
 __device__ inline void multiply(const uint32_t (&a)[C::kRowTiles][C::kHeadDim / 16][4], uint32_t stage, int column,
-                                float (&acc)[C::kRowTiles][kSubN / 8][4]) {
+                                float (&acc)[C::kRowTiles][kSubN / 2]) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  const uint64_t b = wgmma_descriptor(stage + column * 128, 0, 1024);
+  wgmma_fence();
+#pragma unroll
+  for (int m = 0; m < C::kRowTiles; ++m) {
+#pragma unroll
+    for (int step = 0; step < C::kHeadDim / 16; ++step) {
+#pragma unroll
+      for (int part = 0; part < 2; ++part) {
+        const int at = part * C::Tile::kBytes + step / 4 * C::Tile::kPanelBytes + step % 4 * 32;
+        Wgmma<T, kSubN>::rs_kmajor(acc[m], a[m][step], b + (at >> 4));
+      }
+    }
+  }
+  wgmma_commit();
+  wgmma_wait<0>();
+#pragma unroll
+  for (int m = 0; m < C::kRowTiles; ++m) wgmma_touch(acc[m]);
+#else
   // Columns of one lane differ by multiples of 8, so that a step only flips bits of the swizzle.
   const uint32_t at = stage + column * 128 + C::Tile::offset(lane_id() % 8 + lane_id() / 16 * 8, lane_id() / 8 % 2);
 #pragma unroll
   for (int step = 0; step < C::kHeadDim / 16; ++step) {
 #pragma unroll
     for (int part = 0; part < 2; ++part) {
+      uint32_t b[4];
+      ldmatrix_x4(b, (at ^ (step % 4 * 2 << 4)) + step / 4 * C::Tile::kPanelBytes + part * C::Tile::kBytes);
 #pragma unroll
-      for (int g = 0; g < kSubN / 16; ++g) {
-        uint32_t b[4];
-        ldmatrix_x4(b,
-                    (at ^ (step % 4 * 2 << 4)) + step / 4 * C::Tile::kPanelBytes + part * C::Tile::kBytes + g * 2048);
-#pragma unroll
-        for (int m = 0; m < C::kRowTiles; ++m) {
-          mma_m16n8k16<T>(acc[m][2 * g], a[m][step], b[0], b[1]);
-          mma_m16n8k16<T>(acc[m][2 * g + 1], a[m][step], b[2], b[3]);
-        }
+      for (int m = 0; m < C::kRowTiles; ++m) {
+        mma_m16n8k16<T>(reinterpret_cast<float (&)[4]>(acc[m][0]), a[m][step], b[0], b[1]);
+        mma_m16n8k16<T>(reinterpret_cast<float (&)[4]>(acc[m][4]), a[m][step], b[2], b[3]);
       }
     }
   }
+#endif
+}
+
+// Waits for this thread's copies of a stage, and lets wgmma see them after the next barrier.
+__device__ inline void finish_stage() {
+  cp_async_wait<0>();
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  fence_async_proxy();
+#endif
 }
 
 // The accumulators as logits in log2 units: + log2 n_c for the logsumexp, without it for the scores. Chunks that hold
 // no candidate of a row's block get -inf, the cut chunk its own logit.
 template <class C, bool kScores, bool kSoftcap>
 __device__ inline void to_logits(const TileParams& p, const RowTile& tile, const Chunks& chunks, int chunk0, int column,
-                                 const float2* columns, bool masked, float (&acc)[C::kRowTiles][kSubN / 8][4]) {
+                                 const float2* columns, bool masked, float (&acc)[C::kRowTiles][kSubN / 2]) {
   const int member = lane_id() % 4;
 #pragma unroll
   for (int n = 0; n < kSubN / 8; ++n) {
@@ -197,8 +228,8 @@ __device__ inline void to_logits(const TileParams& p, const RowTile& tile, const
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const float factor = i % 2 ? two.z : two.x, length = kScores ? 0.0f : i % 2 ? two.w : two.y;
-        const float z = acc[m][n][i];
-        acc[m][n][i] = kSoftcap ? softcapped2(z * factor, p.softcap) + length : fmaf(z, factor, length);
+        const float z = acc[m][4 * n + i];
+        acc[m][4 * n + i] = kSoftcap ? softcapped2(z * factor, p.softcap) + length : fmaf(z, factor, length);
       }
     }
   }
@@ -217,7 +248,7 @@ __device__ inline void to_logits(const TileParams& p, const RowTile& tile, const
 #pragma unroll
         for (int side = 0; side < 2; ++side) {
           const int chunk = chunk0 + column + n * 8 + member * 2 + side;
-          float& z = acc[m][n][half * 2 + side];
+          float& z = acc[m][4 * n + half * 2 + side];
           if (chunk == cut.x) {
             z = __ldg(p.cut.logits + list * p.rows() + slot.row) + (kScores ? 0.0f : log2f(cut.y));
           } else if (chunk >= chunks.count || chunks.begin(chunk) > p1 ||
@@ -261,7 +292,7 @@ __global__ void __launch_bounds__(kThreads, 2) lse_kernel(TileParams p) {
   }
   int stage = 0;
   for (int chunk0 = first; chunk0 < last; chunk0 += C::kBlockN, stage ^= 1) {
-    cp_async_wait<0>();
+    finish_stage();
     __syncthreads();
     if (chunk0 + C::kBlockN < last) load_stage<C>(p, base + chunk0 + C::kBlockN, stages + (stage ^ 1) * C::kStageBytes);
     const uint32_t here = stages + stage * C::kStageBytes;
@@ -269,7 +300,7 @@ __global__ void __launch_bounds__(kThreads, 2) lse_kernel(TileParams p) {
     const bool masked = chunk0 + C::kBlockN > range.whole;
 #pragma unroll 1
     for (int column = 0; column < C::kBlockN; column += kSubN) {
-      float z[C::kRowTiles][kSubN / 8][4] = {};
+      float z[C::kRowTiles][kSubN / 2] = {};
       multiply<T, C>(a, here, column, z);
       to_logits<C, false, kSoftcap>(p, tile, chunks, chunk0, column, columns, masked, z);
 #pragma unroll
@@ -278,12 +309,14 @@ __global__ void __launch_bounds__(kThreads, 2) lse_kernel(TileParams p) {
         for (int half = 0; half < 2; ++half) {
           float top = kLowest;
 #pragma unroll
-          for (int n = 0; n < kSubN / 8; ++n) top = fmaxf(top, fmaxf(z[m][n][half * 2], z[m][n][half * 2 + 1]));
+          for (int n = 0; n < kSubN / 8; ++n)
+            top = fmaxf(top, fmaxf(z[m][4 * n + half * 2], z[m][4 * n + half * 2 + 1]));
           float& m_row = reference[m][half];
           if (top > m_row + kSlack) sum[m][half] *= exp2_approx(m_row - top), m_row = top;
 #pragma unroll
           for (int n = 0; n < kSubN / 8; ++n) {
-            sum[m][half] += exp2_approx(z[m][n][half * 2] - m_row) + exp2_approx(z[m][n][half * 2 + 1] - m_row);
+            sum[m][half] +=
+                exp2_approx(z[m][4 * n + half * 2] - m_row) + exp2_approx(z[m][4 * n + half * 2 + 1] - m_row);
           }
         }
       }
@@ -336,18 +369,22 @@ __device__ void merge_lse(const TileParams& p, const RowTile& tile, const ChunkR
   __syncthreads();
 }
 
-// Sums over the 8 rows of the warp's lanes: lanes with bit 2 clear end with one of kSubN columns each.
-__device__ inline float sum_rows(float (&x)[kSubN / 8][2], int& column) {
+// to[column] = the sum over the 8 rows of the warp's lanes, for kSubN columns. Lanes of one member hold the same four
+// of 16 columns: halves of the warp first keep two of them each, then one.
+__device__ inline void sum_rows(const float (&x)[kSubN / 8][2], float* to) {
   const bool high = lane_id() & 16, odd = lane_id() & 8;
-  float two[2];
 #pragma unroll
-  for (int c = 0; c < 2; ++c) {
-    two[c] = (high ? x[1][c] : x[0][c]) + __shfl_xor_sync(kFullWarp, high ? x[0][c] : x[1][c], 16);
+  for (int n = 0; n < kSubN / 8; n += 2) {
+    float two[2];
+#pragma unroll
+    for (int c = 0; c < 2; ++c) {
+      const float give = high ? x[n][c] : x[n + 1][c], keep = high ? x[n + 1][c] : x[n][c];
+      two[c] = keep + __shfl_xor_sync(kFullWarp, give, 16);
+    }
+    float one = (odd ? two[1] : two[0]) + __shfl_xor_sync(kFullWarp, odd ? two[0] : two[1], 8);
+    one += __shfl_xor_sync(kFullWarp, one, 4);
+    if ((lane_id() & 4) == 0) to[n * 8 + high * 8 + lane_id() % 4 * 2 + odd] = one;
   }
-  float one = (odd ? two[1] : two[0]) + __shfl_xor_sync(kFullWarp, odd ? two[0] : two[1], 8);
-  one += __shfl_xor_sync(kFullWarp, one, 4);
-  column = high * 8 + lane_id() % 4 * 2 + odd;
-  return one;
 }
 
 template <class C>
@@ -398,7 +435,7 @@ __global__ void __launch_bounds__(kThreads, 2) score_kernel(TileParams p) {
 
     int stage = 0;
     for (int chunk0 = first; chunk0 < last; chunk0 += C::kBlockN, stage ^= 1) {
-      cp_async_wait<0>();
+      finish_stage();
       __syncthreads();
       if (chunk0 + C::kBlockN < last) {
         load_stage<C>(p, base + chunk0 + C::kBlockN, stages + (stage ^ 1) * C::kStageBytes);
@@ -408,7 +445,7 @@ __global__ void __launch_bounds__(kThreads, 2) score_kernel(TileParams p) {
       const bool masked = chunk0 + C::kBlockN > range.whole;
 #pragma unroll 1
       for (int column = 0; column < C::kBlockN; column += kSubN) {
-        float z[C::kRowTiles][kSubN / 8][4] = {};
+        float z[C::kRowTiles][kSubN / 2] = {};
         multiply<T, C>(a, here, column, z);
         to_logits<C, true, kSoftcap>(p, tile, chunks, chunk0, column, columns, masked, z);
         float warp_sums[kSubN / 8][2] = {};
@@ -423,23 +460,15 @@ __global__ void __launch_bounds__(kThreads, 2) score_kernel(TileParams p) {
             for (int n = 0; n < kSubN / 8; ++n) {
 #pragma unroll
               for (int side = 0; side < 2; ++side) {
-                const float share = exp2_approx(z[m][n][half * 2 + side] + lse);
+                const float share = exp2_approx(z[m][4 * n + half * 2 + side] + lse);
                 octet_sums[n][side] = share;
                 warp_sums[n][side] += share;
               }
             }
-            if (!whole_warps) {
-              int at;
-              const float sum = sum_rows(octet_sums, at);
-              if ((lane_id() & 4) == 0) sums[octet * C::kBlockN + column + at] = sum;
-            }
+            if (!whole_warps) sum_rows(octet_sums, sums + octet * C::kBlockN + column);
           }
         }
-        if (whole_warps) {
-          int at;
-          const float sum = sum_rows(warp_sums, at);
-          if ((lane_id() & 4) == 0) sums[warp_id() * C::kBlockN + column + at] = sum;
-        }
+        if (whole_warps) sum_rows(warp_sums, sums + warp_id() * C::kBlockN + column);
       }
       __syncthreads();
       write_scores<C>(p, tile, chunk0, last, columns, sums, units, part > 0);

@@ -124,11 +124,24 @@ __device__ int coarse_list(const Candidates& keys, int want, const Chunks& chunk
     for (uint32_t bits = word.kept; bits != 0; bits &= bits - 1) tokens += taken(__ffs(bits) - 1);
     int at = count + shared.selection.select.scan.exclusive_sum(tokens, &total);
     count += total;
-    for (uint32_t bits = word.kept; bits != 0; bits &= bits - 1) {
-      const int bit = __ffs(bits) - 1, begin = selection.free_begin(word_first + bit);
-      const int end = at + taken(bit), shift = begin - at;
-      for (; at < end; ++at) {
-        if (at < want) list.positions[at] = at + shift;
+    if (__any_sync(kFullWarp, __popc(word.kept) > 6)) {  // crowded words: a lane a chunk, one word after the other
+      for (unsigned left = __ballot_sync(kFullWarp, word.kept != 0); left != 0; left &= left - 1) {
+        const int from = __ffs(left) - 1, chunk = __shfl_sync(kFullWarp, word_first, from) + lane_id();
+        const uint32_t kept = __shfl_sync(kFullWarp, word.kept, from), cut = __shfl_sync(kFullWarp, word.divided, from);
+        const int take = __shfl_sync(kFullWarp, word.take, from), first_at = __shfl_sync(kFullWarp, at, from);
+        int n = 0;
+        if (kept >> lane_id() & 1) n = cut >> lane_id() & 1 ? take : selection.free_tokens(chunk);
+        const int end = first_at + warp_inclusive_sum(n);
+        const int shift = n > 0 ? selection.free_begin(chunk) - (end - n) : 0;
+        for (int i = end - n; i < min(end, want); ++i) list.positions[i] = i + shift;
+      }
+    } else {
+      for (uint32_t bits = word.kept; bits != 0; bits &= bits - 1) {
+        const int bit = __ffs(bits) - 1, begin = selection.free_begin(word_first + bit);
+        const int end = at + taken(bit), shift = begin - at;
+        for (; at < end; ++at) {
+          if (at < want) list.positions[at] = at + shift;
+        }
       }
     }
     __syncthreads();

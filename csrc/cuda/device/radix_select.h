@@ -24,17 +24,19 @@ struct RadixSelect {
   int histogram[kBins];
   BlockScan<kThreads> scan;
   uint32_t found_digit;
-  int found_rest;
+  int found_rest, found_weight;  // of the bin that holds the cut-off: what is still wanted of it, and all that it holds
 
   // key(i) and weight(i) for i in [begin, end); weights >= 0, 0 < want <= their sum. Ends with a barrier.
   template <class Key, class Weight>
   __device__ Cutoff select(int begin, int end, int want, Key key, Weight weight) {
     uint32_t cache[kCached];
     const bool cached = end - begin <= kCached * kThreads;
+    const int rounds = (end - begin + kThreads - 1) / kThreads;
     begin += threadIdx.x;
     if (cached) {
 #pragma unroll
       for (int j = 0; j < kCached; ++j) {
+        if (j >= rounds) break;
         const int i = begin + j * kThreads;
         if (i < end) cache[j] = key(i);
       }
@@ -45,7 +47,7 @@ struct RadixSelect {
       const int shift = pass == 0 ? 21 : pass == 1 ? 10 : 0;
       const uint32_t digits = pass == 2 ? 1023 : 2047;
       for (int bin = threadIdx.x; bin < kBins; bin += kThreads) histogram[bin] = 0;
-      if (threadIdx.x == 0) found_digit = 0, found_rest = want;
+      if (threadIdx.x == 0) found_digit = 0, found_rest = want, found_weight = -1;
       __syncthreads();
       const auto count = [&](uint32_t k, int i) {
         if ((k & known) != prefix) return;
@@ -55,6 +57,7 @@ struct RadixSelect {
       if (cached) {
 #pragma unroll
         for (int j = 0; j < kCached; ++j) {
+          if (j >= rounds) break;
           const int i = begin + j * kThreads;
           if (i < end) count(cache[j], i);
         }
@@ -67,7 +70,9 @@ struct RadixSelect {
       prefix |= found_digit << shift;
       known |= digits << shift;
       want = found_rest;
+      const bool whole = want == found_weight && prefix > 0;
       __syncthreads();
+      if (whole) return {prefix - 1, 0};  // the bin is wanted to its last item: the digits below do not matter
     }
     return {prefix, want};
   }
@@ -85,7 +90,7 @@ struct RadixSelect {
     for (int i = 0; i < kBinsPerThread; ++i) {
       const int weight = histogram[top - i];
       if (above + weight >= want) {
-        found_digit = top - i, found_rest = want - above;
+        found_digit = top - i, found_rest = want - above, found_weight = weight;
         return;
       }
       above += weight;

@@ -1,7 +1,8 @@
 // wgmma (sm_90a): D[64, N] += A[64, 16] B[16, N], issued by a warpgroup, asynchronous, float32 accumulators.
 //
 // Accumulators lie as in mma.h, rows 16 w + lane / 4 (+ 8) for warp w of the group. A comes from shared memory through
-// a descriptor (ss) or from registers (rs). Between issue and wait neither accumulators nor A registers may be touched.
+// a descriptor (ss) or from registers (rs; B MN-major, or K-major as ss has it). Between issue and wait neither
+// accumulators nor A registers may be touched.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -89,6 +90,14 @@ struct Wgmma;
                    ", 0;\n"                                                                            \
                    "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {" DHSA_NAMES_##R \
                    "}, {" R0 ", " R1 ", " R2 ", " R3 "}, " R4 ", p, 1, 1, 1;\n}\n"                     \
+                   : DHSA_OUT_##R(d)                                                                   \
+                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(1));                      \
+    }                                                                                                  \
+    static __device__ void rs_kmajor(float (&d)[R], const uint32_t (&a)[4], uint64_t b) {              \
+      asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " R5                                              \
+                   ", 0;\n"                                                                            \
+                   "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {" DHSA_NAMES_##R \
+                   "}, {" R0 ", " R1 ", " R2 ", " R3 "}, " R4 ", p, 1, 1, 0;\n}\n"                     \
                    : DHSA_OUT_##R(d)                                                                   \
                    : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(1));                      \
     }                                                                                                  \
