@@ -72,7 +72,7 @@ def main() -> None:
     arguments = parser.parse_args()
     build()
     isas = arguments.isas or bench(None, "select_boundaries", 0.001)["context"]["isas_detected"]
-    load = os.getloadavg()
+    load, built = os.getloadavg(), commit()
     best: dict[tuple[str, str], dict[str, Any]] = {}
     for _ in range(arguments.passes):
         for isa in isas.split(","):
@@ -89,7 +89,7 @@ def main() -> None:
     report = {
         "bench": "cpp_stages",
         "machine": {"cpu": cpu_model(), "cores": os.cpu_count(), "system": platform.system()},
-        "commit": commit(),
+        "commit": built,
         "command": " ".join(
             ["python", "bench/cpp/run.py", *(Path(x).name if x[0] == "/" else x for x in sys.argv[1:])]
         ),
