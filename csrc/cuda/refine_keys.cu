@@ -7,11 +7,12 @@
 // and the best fill the budget, ties to the lower index. Products are exact 16-bit operands summed in float32 on the
 // tensor cores (float32 inputs: plain float32). A NaN score is the last in order.
 //
-// One thread block a list, grid-stride, in three steps: coarse (a radix select over chunks, then the short list's
-// positions), score, fine (a radix select over the short list, then runs). Two blocks share an SM, so that one's gather
-// hides the other's selections. While scoring, warps share nothing but the rows: each gathers 32 keys of its own with
-// cp.async, moves them to registers as the B operand of every product, and has the next 32 on their way meanwhile. At
-// 32 rows a list a key's 2 D bytes feed 64 D operations, so L2 is the limit: 0.9 MB a list at 3,500 keys of 256 bytes.
+// Three launches for as many lists as fit the scratch, a thread block a list in each, since they want different shares
+// of an SM: coarse (a radix select over chunks, then the short list's positions) and fine (a radix select over the
+// short list, then runs) are chains of barriers and want many blocks, score wants registers. While scoring, warps share
+// nothing but the rows: each gathers 32 keys of its own with cp.async, moves them to registers as the B operand of
+// every product, and has the next 32 on their way meanwhile. At 32 rows a list a key's 2 D bytes feed 64 D operations,
+// so L2 is the limit: 0.9 MB a list at 3,500 keys of 256 bytes.
 #include <algorithm>
 
 #include "cuda/device/chunk_selection.h"
@@ -40,7 +41,7 @@ struct Params {
   const float* q_pooled;  // [B, S, nQ, D], where row_lse is null
   const int *offsets, *num_chunks;
   int *runs, *num_runs;  // [B, S, nQ, R, 2], [B, S, nQ]
-  char* scratch;         // one Shortlist for each thread block
+  char* scratch;         // one Shortlist for each list of the launch
   int64_t scratch_bytes;
   KeyRules rules;
   SampledRows sampled;
@@ -48,23 +49,40 @@ struct Params {
   int group_heads;      // query heads that share a list and a KV head
   int groups_per_list;  // KV heads that a list's heads read
   int limit;            // the longest short list
-  int first_pair, first_block, blocks, lists;
+  int first_pair, first_block, blocks;
+  int first_list;  // of the slab
   float scale, softcap;
 };
 
-// In global memory, but only this thread block's: it stays in the cache.
 struct Shortlist {
   int* positions;            // [limit], rising
   float* scores;             // [limit]
   uint32_t *kept, *follows;  // [limit / 32 + 1]: is kept; the next entry's key is this one's neighbour
+  int* count;                // entries; -1: the block keeps every candidate, and its runs are written
 
   static int64_t words(int64_t limit) { return limit / 32 + 1; }
-  static int64_t bytes(int64_t limit) { return ceil_div(8 * (limit + words(limit)), 256) * 256; }
-  __device__ Shortlist(char* memory, int limit)
-      : positions(reinterpret_cast<int*>(memory)),
-        scores(reinterpret_cast<float*>(positions + limit)),
-        kept(reinterpret_cast<uint32_t*>(scores + limit)),
-        follows(kept + limit / 32 + 1) {}
+  static int64_t bytes(int64_t limit) { return ceil_div(8 * (limit + words(limit)) + 4, 256) * 256; }
+  __device__ explicit Shortlist(const Params& p)
+      : positions(reinterpret_cast<int*>(p.scratch + blockIdx.x * p.scratch_bytes)),
+        scores(reinterpret_cast<float*>(positions + p.limit)),
+        kept(reinterpret_cast<uint32_t*>(scores + p.limit)),
+        follows(kept + p.limit / 32 + 1),
+        count(reinterpret_cast<int*>(follows + p.limit / 32 + 1)) {}
+};
+
+// The list that a thread block works on.
+struct List {
+  int item;  // of the slab
+  int pair, block, batch, s;
+  int64_t row;
+
+  __device__ explicit List(const Params& p)
+      : item(p.first_list + static_cast<int>(blockIdx.x)),
+        pair(p.first_pair + item / p.blocks),
+        block(p.first_block + item % p.blocks),
+        batch(pair / p.selection_heads),
+        s(pair % p.selection_heads),
+        row(static_cast<int64_t>(pair) * p.query_blocks + block) {}
 };
 
 template <class T, int kHeadDim>
@@ -87,7 +105,6 @@ struct Shape<float, kHeadDim> {
 
 struct Shared {
   SelectionShared<kThreads> selection;
-  float row_lse[kRowTile];  // log2 units, negated; -inf past the rows
   int bounds[2];
 };
 
@@ -184,7 +201,7 @@ __device__ inline float power_of_two_scale(float largest) {
 
 // Rows [first, first + n) of the group into shared memory, zeros up to a multiple of 16; ends with a barrier.
 template <class T, int kHeadDim>
-__device__ void load_rows(const Params& p, const Rows& rows, int first, int n, uint32_t row_smem, Shared& shared) {
+__device__ void load_rows(const Params& p, const Rows& rows, int first, int n, uint32_t row_smem, float* row_lse) {
   using S = Shape<T, kHeadDim>;
   const int padded = (n + 15) / 16 * 16;
   for (int i = threadIdx.x; i < padded * S::kPieces; i += kThreads) {
@@ -195,7 +212,7 @@ __device__ void load_rows(const Params& p, const Rows& rows, int first, int n, u
   }
   cp_async_commit();
   for (int i = threadIdx.x; i < kRowTile; i += kThreads) {
-    shared.row_lse[i] = i < n ? negated_lse2(p, rows, first + i) : -INFINITY;
+    row_lse[i] = i < n ? negated_lse2(p, rows, first + i) : -INFINITY;
   }
   cp_async_wait<0>();
   __syncthreads();
@@ -203,7 +220,7 @@ __device__ void load_rows(const Params& p, const Rows& rows, int first, int n, u
 
 // The pooled query as kPoolParts rows whose sum it is, times a power of two.
 template <class T, int kHeadDim>
-__device__ void load_pooled_row(const Params& p, const Rows& rows, char* row_tile, Shared& shared) {
+__device__ void load_pooled_row(const Params& p, const Rows& rows, char* row_tile) {
   using S = Shape<T, kHeadDim>;
   const float* pooled = p.q_pooled + (static_cast<int64_t>(rows.pair) * p.query_blocks + rows.block) * kHeadDim;
   for (int i = threadIdx.x; i < 16 * S::kPieces; i += kThreads) {
@@ -249,7 +266,7 @@ __device__ inline void add_rows(const Params& p, float scale2, const float (&pro
 // scores[i] += (add) or = the rows' shares of key positions[i], i < n. A warp takes kKeys neighbours of the list.
 template <class T, int kHeadDim, Share kShare>
 __device__ void score_tiles(const Params& p, const T* k, const Shortlist& list, int n, int rows, bool add,
-                            uint32_t row_smem, uint32_t key_smem, const Shared& shared) {
+                            uint32_t row_smem, uint32_t key_smem, const float* row_lse) {
   using S = Shape<T, kHeadDim>;
   constexpr int kSteps = kHeadDim / 16, kGroups = S::kKeys / 16;
   constexpr int kLanesPerRow = 8, kRowsAtOnce = 32 / kLanesPerRow;
@@ -278,12 +295,13 @@ __device__ void score_tiles(const Params& p, const T* k, const Shortlist& list, 
     cp_async_commit();
   };
 
-  int tile = warp_id();
+  const int stride = kWarps * static_cast<int>(gridDim.y);  // blockIdx.y shares a list's tiles where lists are few
+  int tile = static_cast<int>(blockIdx.y) * kWarps + warp_id();
   if (tile < tiles) gather(position_of(tile));
-  int next_position = position_of(tile + kWarps);
+  int next_position = position_of(tile + stride);
   const int group = lane_id() / 4, member = lane_id() % 4;
   const float scale2 = p.scale * kLog2OfE;
-  for (; tile < tiles; tile += kWarps) {
+  for (; tile < tiles; tile += stride) {
     cp_async_wait<0>();
     __syncwarp();
     uint32_t keys[kSteps][kGroups][4];
@@ -295,8 +313,8 @@ __device__ void score_tiles(const Params& p, const T* k, const Shortlist& list, 
       }
     }
     __syncwarp();
-    if (tile + kWarps < tiles) gather(next_position);
-    next_position = position_of(tile + 2 * kWarps);
+    if (tile + stride < tiles) gather(next_position);
+    next_position = position_of(tile + 2 * stride);
 
     float sum[kGroups][2][2] = {};  // of 8 columns: the lane's two
 #pragma unroll 1
@@ -312,7 +330,7 @@ __device__ void score_tiles(const Params& p, const T* k, const Shortlist& list, 
           mma_m16n8k16<T>(product[g][1], a, keys[step][g][2], keys[step][g][3]);
         }
       }
-      const float lse[2] = {shared.row_lse[row0 + group], shared.row_lse[row0 + group + 8]};
+      const float lse[2] = {row_lse[row0 + group], row_lse[row0 + group + 8]};
       const bool used[2] = {row0 + group < rows, row0 + group + 8 < rows};
       if (row0 + 16 <= rows) {
 #pragma unroll
@@ -349,24 +367,24 @@ struct Scorer {
   static constexpr int kSmemBytes = Shape<T, kHeadDim>::RowTile::kBytes + kWarps * Shape<T, kHeadDim>::KeyTile::kBytes;
 
   __device__ static void run(const Params& p, Rows rows, const Shortlist& list, int n, bool add, char* smem,
-                             Shared& shared) {
+                             float* row_lse) {
     using S = Shape<T, kHeadDim>;
     const T* k = static_cast<const T*>(p.k) + rows.batch * p.k_batch + rows.kv_head * p.k_head;
     const uint32_t row_smem = smem_address(smem);
     const uint32_t key_smem = row_smem + S::RowTile::kBytes + warp_id() * S::KeyTile::kBytes;
     if (p.row_lse == nullptr) {
-      load_pooled_row<T, kHeadDim>(p, rows, smem, shared);
-      score_tiles<T, kHeadDim, Share::kPooled>(p, k, list, n, 16, add, row_smem, key_smem, shared);
+      load_pooled_row<T, kHeadDim>(p, rows, smem);
+      score_tiles<T, kHeadDim, Share::kPooled>(p, k, list, n, 16, add, row_smem, key_smem, row_lse);
       __syncthreads();
       return;
     }
     for (int first = 0; first < rows.count; first += kRowTile) {
       const int here = min(kRowTile, rows.count - first);
-      load_rows<T, kHeadDim>(p, rows, first, here, row_smem, shared);
+      load_rows<T, kHeadDim>(p, rows, first, here, row_smem, row_lse);
       if (p.softcap > 0) {
-        score_tiles<T, kHeadDim, Share::kSoftcap>(p, k, list, n, here, add || first > 0, row_smem, key_smem, shared);
+        score_tiles<T, kHeadDim, Share::kSoftcap>(p, k, list, n, here, add || first > 0, row_smem, key_smem, row_lse);
       } else {
-        score_tiles<T, kHeadDim, Share::kPlain>(p, k, list, n, here, add || first > 0, row_smem, key_smem, shared);
+        score_tiles<T, kHeadDim, Share::kPlain>(p, k, list, n, here, add || first > 0, row_smem, key_smem, row_lse);
       }
       __syncthreads();
     }
@@ -379,7 +397,7 @@ struct Scorer<float, kHeadDim> {
   static constexpr int kRows = Shape<float, kHeadDim>::kRows, kSmemBytes = Shape<float, kHeadDim>::RowTile::kBytes;
 
   __device__ static void run(const Params& p, Rows rows, const Shortlist& list, int n, bool add, char* smem,
-                             Shared& shared) {
+                             float* row_lse) {
     const float* k = static_cast<const float*>(p.k) + rows.batch * p.k_batch + rows.kv_head * p.k_head;
     float* tile = reinterpret_cast<float*>(smem);  // [kRows][kHeadDim]
     const bool pooled = p.row_lse == nullptr;
@@ -393,9 +411,9 @@ struct Scorer<float, kHeadDim> {
           tile[i] = row_used(p, rows, first + row) ? row_of<float>(p, rows, first + row)[d] : 0.0f;
         }
       }
-      if (!pooled && threadIdx.x < here) shared.row_lse[threadIdx.x] = negated_lse2(p, rows, first + threadIdx.x);
+      if (!pooled && threadIdx.x < here) row_lse[threadIdx.x] = negated_lse2(p, rows, first + threadIdx.x);
       __syncthreads();
-      for (int i = threadIdx.x; i < n; i += kThreads) {
+      for (int i = blockIdx.y * kThreads + threadIdx.x; i < n; i += gridDim.y * kThreads) {
         const float* key = k + list.positions[i] * p.k_token;
         float product[kRows] = {};
         for (int d = 0; d < kHeadDim; d += 4) {
@@ -411,7 +429,7 @@ struct Scorer<float, kHeadDim> {
 #pragma unroll
         for (int r = 0; r < kRows; ++r) {
           if (pooled || r >= here || !row_used(p, rows, first + r)) continue;
-          sum += share_of_row(product[r], p.scale, p.softcap, shared.row_lse[r]);
+          sum += share_of_row(product[r], p.scale, p.softcap, row_lse[r]);
         }
         list.scores[i] = add || first > 0 ? list.scores[i] + sum : sum;
       }
@@ -503,43 +521,60 @@ __device__ int write_runs(const Candidates& keys, const Shortlist& list, int n, 
   return min(count + (suffix && !joins_suffix), capacity);
 }
 
-// --- The kernel ------------------------------------------------------------------------------------------------------
+// --- The kernels -----------------------------------------------------------------------------------------------------
+
+__device__ void finish_list(const Params& p, const List& list, int count) {
+  int* runs = p.runs + list.row * p.run_capacity * 2;
+  if (threadIdx.x == 0) p.num_runs[list.row] = count;
+  for (int i = 2 * count + threadIdx.x; i < 2 * p.run_capacity; i += kThreads) runs[i] = 0;
+}
+
+__global__ void __launch_bounds__(kThreads, 4) coarse_kernel(Params p) {
+  __shared__ Shared shared;
+  const Shortlist shortlist(p);
+  const List list(p);
+  const Chunks chunks(p.offsets, p.num_chunks, list.batch, p.capacity, p.rules.seqlen_k);
+  const Candidates keys(p.rules, list.block, chunks.begin(chunks.count));
+  if (keys.all_kept()) {
+    int* runs = p.runs + list.row * p.run_capacity * 2;
+    const int count = keys.begin < keys.end;
+    if (threadIdx.x == 0) *shortlist.count = -1;
+    if (count > 0 && threadIdx.x == 0) runs[0] = keys.begin, runs[1] = keys.end;
+    return finish_list(p, list, count);
+  }
+  const int want = static_cast<int>(min(static_cast<int64_t>(p.refine) * keys.want, static_cast<int64_t>(p.limit)));
+  const float* scores = p.scores + static_cast<int64_t>(list.item) * p.capacity;
+  const int count = coarse_list(keys, want, chunks, scores, shared, shortlist);
+  if (threadIdx.x == 0) *shortlist.count = count;
+}
 
 template <class T, int kHeadDim>
-__global__ void __launch_bounds__(kThreads, 2) refine_keys_kernel(Params p) {
+__global__ void __launch_bounds__(kThreads, 2) score_kernel(Params p) {
   extern __shared__ __align__(1024) char tiles[];
-  __shared__ Shared shared;
-  const Shortlist list(p.scratch + blockIdx.x * p.scratch_bytes, p.limit);
-  for (int item = blockIdx.x; item < p.lists; item += gridDim.x) {
-    const int pair = p.first_pair + item / p.blocks, block = p.first_block + item % p.blocks;
-    const int batch = pair / p.selection_heads, s = pair % p.selection_heads;
-    const int64_t row = static_cast<int64_t>(pair) * p.query_blocks + block;
-    int* runs = p.runs + row * p.run_capacity * 2;
-    const Chunks chunks(p.offsets, p.num_chunks, batch, p.capacity, p.rules.seqlen_k);
-    const Candidates keys(p.rules, block, chunks.begin(chunks.count));
-
-    int count;
-    if (keys.all_kept()) {
-      count = keys.begin < keys.end;
-      if (count > 0 && threadIdx.x == 0) runs[0] = keys.begin, runs[1] = keys.end;
-    } else {
-      const int want = static_cast<int>(min(static_cast<int64_t>(p.refine) * keys.want, static_cast<int64_t>(p.limit)));
-      const int n = coarse_list(keys, want, chunks, p.scores + static_cast<int64_t>(item) * p.capacity, shared, list);
-      if (n > keys.want) {
-        for (int g = 0; g < p.groups_per_list; ++g) {
-          Rows rows = {batch, block, pair};
-          rows.first_head = s * p.groups_per_list * p.group_heads + g * p.group_heads;
-          rows.kv_head = rows.first_head / (p.heads / p.heads_kv), rows.count = p.group_heads * p.sampled.samples;
-          Scorer<T, kHeadDim>::run(p, rows, list, n, g > 0, tiles, shared);
-        }
-      }
-      mark_kept(list, n, keys.want, shared);
-      count = write_runs(keys, list, n, runs, p.run_capacity, shared);
-    }
-    if (threadIdx.x == 0) p.num_runs[row] = count;
-    for (int i = 2 * count + threadIdx.x; i < 2 * p.run_capacity; i += kThreads) runs[i] = 0;
-    __syncthreads();
+  __shared__ float row_lse[kRowTile];  // log2 units, negated; -inf past the rows
+  const Shortlist shortlist(p);
+  const List list(p);
+  const int count = *shortlist.count;
+  if (count <= 0 || p.refine == 1) return;  // refine 1: all of the short list is kept
+  for (int g = 0; g < p.groups_per_list; ++g) {
+    Rows rows = {list.batch, list.block, list.pair};
+    rows.first_head = (list.s * p.groups_per_list + g) * p.group_heads;
+    rows.kv_head = rows.first_head / (p.heads / p.heads_kv), rows.count = p.group_heads * p.sampled.samples;
+    Scorer<T, kHeadDim>::run(p, rows, shortlist, count, g > 0, tiles, row_lse);
   }
+}
+
+__global__ void __launch_bounds__(kThreads, 4) fine_kernel(Params p) {
+  __shared__ Shared shared;
+  const Shortlist shortlist(p);
+  const List list(p);
+  const int n = *shortlist.count;
+  if (n < 0) return;
+  const Chunks chunks(p.offsets, p.num_chunks, list.batch, p.capacity, p.rules.seqlen_k);
+  const Candidates keys(p.rules, list.block, chunks.begin(chunks.count));
+  mark_kept(shortlist, n, keys.want, shared);
+  int* runs = p.runs + list.row * p.run_capacity * 2;
+  finish_list(p, list, write_runs(keys, shortlist, n, runs, p.run_capacity, shared));
 }
 
 // --- Launch ----------------------------------------------------------------------------------------------------------
@@ -551,33 +586,35 @@ int64_t short_list_limit(const RefineKeys& x) {
   return std::max<int64_t>(1, x.choice.budget >= seqlen_k / x.refine ? seqlen_k : x.choice.budget * x.refine);
 }
 
-// Thread blocks of a launch: two for each of 264 SMs, as far as their short lists fit the scratch.
-int64_t thread_blocks(const RefineKeys& x, int64_t lists) {
-  const int64_t fit = kScratchBytes / Shortlist::bytes(short_list_limit(x));
-  return std::min(lists, std::clamp<int64_t>(fit, 64, 528));
+// Lists of a launch.
+int64_t lists_at_once(const RefineKeys& x, int64_t lists) {
+  return std::min(lists, std::max<int64_t>(kScratchBytes / Shortlist::bytes(short_list_limit(x)), 128));
 }
 
+// Thread blocks that share a list's keys: so many that few lists fill a GPU.
+int64_t splits_of(int64_t lists) { return std::clamp<int64_t>(264 / lists, 1, 16); }
+
 template <class T, int kHeadDim>
-cudaError_t launch(const Params& p, int64_t grid, cudaStream_t stream) {
-  const auto kernel = refine_keys_kernel<T, kHeadDim>;
+cudaError_t launch_score(const Params& p, int64_t lists, cudaStream_t stream) {
+  const auto kernel = score_kernel<T, kHeadDim>;
   constexpr int kBytes = Scorer<T, kHeadDim>::kSmemBytes;
   const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
   if (error != cudaSuccess) return error;
-  kernel<<<grid, kThreads, kBytes, stream>>>(p);
+  kernel<<<dim3(lists, splits_of(lists)), kThreads, kBytes, stream>>>(p);
   return cudaGetLastError();
 }
 
 template <class T>
-cudaError_t launch(const Params& p, int64_t head_dim, int64_t grid, cudaStream_t stream) {
+cudaError_t launch_score(const Params& p, int64_t head_dim, int64_t lists, cudaStream_t stream) {
   switch (head_dim) {
     case 64:
-      return launch<T, 64>(p, grid, stream);
+      return launch_score<T, 64>(p, lists, stream);
     case 96:
-      return launch<T, 96>(p, grid, stream);
+      return launch_score<T, 96>(p, lists, stream);
     case 128:
-      return launch<T, 128>(p, grid, stream);
+      return launch_score<T, 128>(p, lists, stream);
     case 256:
-      return launch<T, 256>(p, grid, stream);
+      return launch_score<T, 256>(p, lists, stream);
     default:
       return cudaErrorInvalidValue;
   }
@@ -606,7 +643,7 @@ Workspace layout(const RefineKeys& x, void* memory) {
 }  // namespace
 
 int64_t refine_scratch_bytes(const RefineKeys& x, int64_t lists) {
-  return thread_blocks(x, lists) * Shortlist::bytes(short_list_limit(x));
+  return lists_at_once(x, lists) * Shortlist::bytes(short_list_limit(x));
 }
 
 cudaError_t run_refine_keys(const RefineKeys& x, const float* q_pooled, void* scratch, const Slab& slab,
@@ -632,11 +669,19 @@ cudaError_t run_refine_keys(const RefineKeys& x, const float* q_pooled, void* sc
   p.group_heads = clamp(heads / std::max(heads_kv, selection_heads));
   p.limit = clamp(short_list_limit(x));
   p.first_pair = clamp(slab.first_pair), p.first_block = clamp(slab.first_block), p.blocks = clamp(slab.blocks);
-  p.lists = clamp(slab.pairs * slab.blocks);
   p.scale = x.softmax.scale, p.softcap = x.softmax.softcap;
-  if (p.lists == 0) return cudaSuccess;
-  const int64_t grid = thread_blocks(x, p.lists);
-  return with_dtype(x.q.dtype, [&](auto element) { return launch<decltype(element)>(p, x.q.shape[3], grid, stream); });
+  const int64_t lists = slab.pairs * slab.blocks, step = std::max<int64_t>(lists_at_once(x, lists), 1);
+  cudaError_t error = cudaSuccess;
+  for (int64_t first = 0; first < lists && error == cudaSuccess; first += step) {
+    const int64_t here = std::min(step, lists - first);
+    p.first_list = clamp(first);
+    coarse_kernel<<<here, kThreads, 0, stream>>>(p);
+    error = with_dtype(x.q.dtype,
+                       [&](auto element) { return launch_score<decltype(element)>(p, x.q.shape[3], here, stream); });
+    fine_kernel<<<here, kThreads, 0, stream>>>(p);
+    if (error == cudaSuccess) error = cudaGetLastError();
+  }
+  return error;
 }
 
 int64_t workspace_bytes(const RefineKeys& x) { return layout(x, nullptr).bytes; }
