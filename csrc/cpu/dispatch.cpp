@@ -17,6 +17,13 @@ bool machine_has_avx2() {
 }
 #endif
 
+#if defined(DHSA_HAVE_AVX512)
+bool machine_has_avx512() {  // the machine and its system: the compiler's runtime reads XCR0 too
+  return machine_has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+}
+#endif
+
 struct Isa {
   const Kernels* kernels;
   bool (*machine_has)();
@@ -27,6 +34,9 @@ const Isa kIsas[] = {
     {&kScalarKernels, always},
 #if defined(DHSA_HAVE_AVX2)
     {&kAvx2Kernels, machine_has_avx2},
+#endif
+#if defined(DHSA_HAVE_AVX512)
+    {&kAvx512Kernels, machine_has_avx512},
 #endif
 #if defined(DHSA_HAVE_NEON)
     {&kNeonKernels, always},  // part of the armv8-a baseline

@@ -79,6 +79,9 @@ extern const Kernels kScalarKernels;
 #if defined(DHSA_HAVE_AVX2)
 extern const Kernels kAvx2Kernels;
 #endif
+#if defined(DHSA_HAVE_AVX512)
+extern const Kernels kAvx512Kernels;
+#endif
 #if defined(DHSA_HAVE_NEON)
 extern const Kernels kNeonKernels;
 #endif

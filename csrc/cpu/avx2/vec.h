@@ -1,4 +1,4 @@
-// The vocabulary of cpu/simd on AVX2, FMA and F16C: eight floats.
+// The vocabulary of cpu/simd on AVX2, FMA and F16C: eight floats. An ISA that adds to these defines DHSA_ISA first.
 #pragma once
 
 #include <immintrin.h>
@@ -7,9 +7,11 @@
 
 #include "cpu/kernels.h"
 
+#ifndef DHSA_ISA
 #define DHSA_ISA avx2
+#endif
 
-namespace dhsa::cpu::avx2 {
+namespace dhsa::cpu::DHSA_ISA {
 
 constexpr int64_t kLanes = 8;
 constexpr int64_t kPanel = 16;
@@ -77,4 +79,4 @@ inline float reduce_max(Vec a) {
   return _mm_cvtss_f32(_mm_max_ss(s, _mm_movehdup_ps(s)));
 }
 
-}  // namespace dhsa::cpu::avx2
+}  // namespace dhsa::cpu::DHSA_ISA
