@@ -15,7 +15,7 @@ TORCH ?= $(if $(filter aarch64,$(shell uname -m)),torch==2.10.0,torch==2.13.0)
 python := $(VENV)/bin/python
 pip := $(python) -m pip --disable-pip-version-check
 build_inputs := $(shell find csrc build_tools -type f -not -name '*.py[cod]') \
-    $(wildcard CMakeLists.txt cmake/*) setup.py pyproject.toml
+    CMakeLists.txt $(wildcard third_party/*.cmake) setup.py pyproject.toml
 # One stamp for each value of DHSA_BUILD, and only the last one built exists: changing the value rebuilds.
 native := $(VENV)/.dhsa-native-$(or $(DHSA_BUILD),auto)
 cpp_files = find csrc tests bench -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh'
@@ -33,13 +33,13 @@ bench: $(VENV)/.dhsa-bench $(native)
 	VENV=$(VENV) build_tools/bench.sh $(ARGS)
 
 format: $(VENV)/.dhsa-lint
-	$(VENV)/bin/ruff check --fix python tests bench build_tools setup.py
-	$(VENV)/bin/ruff format python tests bench build_tools setup.py
+	$(VENV)/bin/ruff check --fix python tests bench examples build_tools setup.py
+	$(VENV)/bin/ruff format python tests bench examples build_tools setup.py
 	$(cpp_files) | xargs -r $(VENV)/bin/clang-format -i
 
 lint: $(VENV)/.dhsa-lint
-	$(VENV)/bin/ruff check python tests bench build_tools setup.py
-	$(VENV)/bin/ruff format --check python tests bench build_tools setup.py
+	$(VENV)/bin/ruff check python tests bench examples build_tools setup.py
+	$(VENV)/bin/ruff format --check python tests bench examples build_tools setup.py
 	$(VENV)/bin/mypy
 	$(cpp_files) | xargs -r $(VENV)/bin/clang-format --dry-run -Werror
 
@@ -48,7 +48,7 @@ gpu-check: $(VENV)/.dhsa-test $(native)
 	PYTHON=$(python) PATH="$(abspath $(VENV))/bin:$$PATH" tests/gpu_check.sh
 
 clean:
-	rm -rf build dist python/*.egg-info python/dhsa_ext/_native.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf build dist python/*.egg-info python/dhsa_ext/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	rm -f $(VENV)/.dhsa-*
 
 # A torch of the machine's own, a CUDA build perhaps, is used through the system's site-packages.

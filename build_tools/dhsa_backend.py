@@ -3,6 +3,7 @@
 `pip install .` builds in an environment of its own, where torch is not installed. Listing torch as a build requirement
 would download a second one, gigabytes of it, and perhaps another version. The library needs torch's headers and
 libtorch_cpu.so alone, so it is built against the files of the torch that is already there (dhsa_machine.find_torch).
+Where there is none, the NumPy module is all that is built.
 """
 
 from __future__ import annotations
@@ -47,5 +48,4 @@ def get_requires_for_build_editable(config_settings: Settings = None) -> list[st
 def _native_requires() -> list[str]:
     if dhsa_machine.requested_build() == "none":
         return []
-    dhsa_machine.native_plan()
-    return dhsa_machine.missing_tools()
+    return dhsa_machine.missing_tools(dhsa_machine.native_plan())

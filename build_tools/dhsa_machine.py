@@ -1,6 +1,7 @@
-"""What the machine offers to a build of dhsa_ext: torch, cmake, ninja, nvcc, a GPU. Standard library only.
+"""What the machine offers to a build of dhsa_ext: torch, Python's headers, cmake, ninja, pybind11, nvcc, a GPU.
 
-Used by the build backend (which runs in an environment of its own, without the user's packages) and by setup.py.
+Standard library only. Used by the build backend (which runs in an environment of its own, without the user's packages)
+and by setup.py.
 Every mistake of a user ends in one BuildError of one sentence.
 """
 
@@ -12,6 +13,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -19,6 +21,7 @@ from pathlib import Path
 
 TORCH_FLOOR = (2, 10)  # the first LibTorch whose stable ABI has all that csrc/torch uses
 CMAKE_FLOOR = (3, 24)  # csrc/cuda
+PYBIND11_FLOOR = (2, 11)  # third_party/pybind11.cmake
 BUILD_CHOICES = ("auto", "cpu", "cuda", "none")
 DEFAULT_CUDA = Path("/usr/local/cuda")  # where NVIDIA's installers put the toolkit, often without a word on PATH
 
@@ -37,6 +40,11 @@ class BuildError(SystemExit):
 
     def __init__(self, sentence: str) -> None:
         super().__init__(f"dhsa_ext: {sentence}")
+        self.sentence = sentence
+
+
+class NoTorchError(BuildError):
+    """There is no torch at all."""
 
 
 @dataclass(frozen=True)
@@ -49,15 +57,22 @@ class Torch:
 
 @dataclass(frozen=True)
 class NativePlan:
-    """What the native library is built from. `cuda_archs` is empty for a library without CUDA."""
+    """What is built, and from what. No torch: no torch adapter. `cuda_archs` is empty for a build without CUDA."""
 
-    torch: Torch
+    torch: Torch | None
+    numpy: bool
     cuda_archs: tuple[str, ...]
     nvcc: Path | None
+    missing: str  # one sentence about the adapter that is left out, "" where both are built
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """The extension modules of the package, which are CMake's targets too."""
+        return (("_native",) if self.torch else ()) + (("_numpy",) if self.numpy else ())
 
     @property
     def name(self) -> str:
-        return "cuda" if self.cuda_archs else "cpu"
+        return "cuda" if self.cuda_archs else "cpu" if self.torch else "numpy"
 
 
 def requested_build(env: Mapping[str, str] = os.environ) -> str:
@@ -69,9 +84,31 @@ def requested_build(env: Mapping[str, str] = os.environ) -> str:
 
 
 def native_plan(env: Mapping[str, str] = os.environ) -> NativePlan:
-    """Decide what to build, or stop with the sentence that says what is missing. DHSA_BUILD=none has no plan."""
+    """Decide what to build, or stop with the sentence that says what is missing. DHSA_BUILD=none has no plan.
+
+    The torch adapter is built where there is a torch, the NumPy one where there are Python's headers; one is enough.
+    """
     archs = cuda_archs(env)
-    return NativePlan(find_torch(env), archs, find_nvcc(env) if archs else None)
+    headers = has_python_headers()
+    try:
+        torch = find_torch(env)
+    except NoTorchError as absent:
+        # CUDA that was asked for by name is the torch adapter's; CUDA that is merely there changes nothing.
+        if not headers or requested_build(env) == "cuda" or env.get("DHSA_CUDA_ARCHS"):
+            raise
+        return NativePlan(None, True, (), None, f"only the NumPy module is built: {absent.sentence}")
+    missing = (
+        ""
+        if headers
+        else "the NumPy module is not built: no Python.h of this interpreter; apt-get install python3-dev, or what "
+        "brings it where this Python comes from."
+    )
+    return NativePlan(torch, headers, archs, find_nvcc(env) if archs else None, missing)
+
+
+def has_python_headers() -> bool:
+    """Python.h of the interpreter that runs the build, which is the one that the package is installed for."""
+    return (Path(sysconfig.get_path("include")) / "Python.h").is_file()
 
 
 # ---- torch ----------------------------------------------------------------------------------------------------------
@@ -88,7 +125,7 @@ def find_torch(env: Mapping[str, str] = os.environ) -> Torch:
                 floor = ".".join(map(str, TORCH_FLOOR))
                 raise BuildError(f"torch: expected version {floor} or later, got {version} in {path}.")
             return Torch(path, version)
-    raise BuildError(
+    raise NoTorchError(
         f"no torch found (looked in: {', '.join(looked_in)}); install it first (pip install 'torch>=2.10', or your "
         "machine's own build of it), or give its folder in DHSA_TORCH_DIR, or set DHSA_BUILD=none for pure Python, "
         "which needs torch only when it runs."
@@ -149,7 +186,7 @@ def _torch_version(path: Path) -> str:
     return match.group(1)
 
 
-# ---- cmake and ninja ------------------------------------------------------------------------------------------------
+# ---- cmake, ninja, pybind11 -----------------------------------------------------------------------------------------
 
 
 def find_cmake() -> str | None:
@@ -162,11 +199,20 @@ def find_ninja() -> str | None:
     return _working_tool("ninja", (1, 8))
 
 
-def missing_tools() -> list[str]:
+def has_pybind11() -> bool:
+    """Whether this process can import pybind11: the machine's own does not count within pip's build environment."""
+    return importlib.util.find_spec("pybind11") is not None
+
+
+def missing_tools(plan: NativePlan) -> list[str]:
     """The requirements that a build environment must add to what the machine has."""
-    floor = ".".join(map(str, CMAKE_FLOOR))
-    missing = [] if find_cmake() else [f"cmake>={floor}"]
-    return missing if find_ninja() else [*missing, "ninja"]
+
+    def at_least(name: str, floor: tuple[int, ...]) -> str:
+        return f"{name}>={'.'.join(map(str, floor))}"
+
+    missing = [] if find_cmake() else [at_least("cmake", CMAKE_FLOOR)]
+    missing += [] if find_ninja() else ["ninja"]
+    return missing + ([at_least("pybind11", PYBIND11_FLOOR)] if plan.numpy and not has_pybind11() else [])
 
 
 def _working_tool(name: str, floor: tuple[int, ...]) -> str | None:

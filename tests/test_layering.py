@@ -55,9 +55,9 @@ def test_torch_adapter_keeps_to_the_stable_abi(path):
     assert [name for name in names if not name.startswith(stable)] == []
 
 
-def test_both_layers_have_files():
+def test_every_layer_has_files():
     """An empty list would pass every test above."""
-    assert len(files("core", "cpu", "cuda")) > 20 and len(files("torch")) >= 2
+    assert len(files("core", "cpu", "cuda")) > 20 and len(files("torch")) >= 2 and len(files("numpy")) >= 2
 
 
 def test_public_header_needs_the_standard_library_only():
@@ -79,6 +79,17 @@ def test_native_library_links_no_python_and_no_shared_cuda():
     listed = subprocess.run(["readelf", "-d", LIBRARY], capture_output=True, text=True, check=True).stdout
     linked = re.findall(r"NEEDED.*\[(.+)\]", listed)
     assert [name for name in linked if name.startswith(("libpython", "libcudart", "libc10", "libtorch_python"))] == []
+
+
+NUMPY_MODULE = next(LIBRARY.parent.glob("_numpy.*so"), None)
+
+
+@pytest.mark.skipif(NUMPY_MODULE is None, reason="the NumPy module is not built: run pip install -e .")
+@pytest.mark.skipif(shutil.which("readelf") is None, reason="readelf is not installed: apt-get install binutils")
+def test_numpy_module_links_no_torch():
+    listed = subprocess.run(["readelf", "-d", NUMPY_MODULE], capture_output=True, text=True, check=True).stdout
+    linked = re.findall(r"NEEDED.*\[(.+)\]", listed)
+    assert linked != [] and [name for name in linked if re.match("lib(torch|c10|python|cuda)", name)] == []
 
 
 def test_the_package_needs_torch_and_numpy_only():

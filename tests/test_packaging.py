@@ -177,6 +177,60 @@ def test_no_torch_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "pip install 'torch>=2.10'" in sentence and "DHSA_BUILD=none" in sentence
 
 
+def plan(torch: bool = True, numpy: bool = True) -> dhsa_machine.NativePlan:
+    return dhsa_machine.NativePlan(dhsa_machine.Torch(Path("torch"), "2.13.0") if torch else None, numpy, (), None, "")
+
+
+@pytest.fixture
+def no_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dhsa_machine, "_torch_candidates", lambda env: iter([("/usr/bin/python3", None)]))
+
+
+def test_without_torch_the_numpy_module_is_built(
+    bare: dict[str, str], no_torch: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dhsa_machine, "has_python_headers", lambda: True)
+    for choice in ("auto", "cpu"):
+        found = dhsa_machine.native_plan({**bare, "DHSA_BUILD": choice})
+        assert (found.modules, found.name) == (("_numpy",), "numpy")
+        assert found.missing.startswith("only the NumPy module is built: no torch found")
+
+
+def test_cuda_that_is_merely_there_needs_no_torch(
+    bare: dict[str, str], no_torch: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dhsa_machine, "has_python_headers", lambda: True)
+    put_tool(tmp_path / "bin", "nvcc", "exit 0")
+    put_tool(tmp_path / "bin", "nvidia-smi", "echo 9.0")
+    assert dhsa_machine.native_plan(bare).modules == ("_numpy",)
+    for asked in ({"DHSA_BUILD": "cuda"}, {"DHSA_CUDA_ARCHS": "80"}):
+        with pytest.raises(dhsa_machine.BuildError) as stopped:
+            dhsa_machine.native_plan({**bare, **asked})
+        assert "no torch found" in str(stopped.value)
+
+
+def test_without_python_headers_the_torch_adapter_is_built(
+    bare: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dhsa_machine.sysconfig, "get_path", lambda name: str(tmp_path))
+    found = dhsa_machine.native_plan({**bare, "DHSA_TORCH_DIR": str(put_torch(tmp_path, "2.13.0"))})
+    assert found.modules == ("_native",)
+    assert "no Python.h" in found.missing and "python3-dev" in found.missing
+
+
+def test_neither_torch_nor_headers(bare: dict[str, str], no_torch: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dhsa_machine, "has_python_headers", lambda: False)
+    with pytest.raises(dhsa_machine.BuildError):
+        dhsa_machine.native_plan(bare)
+
+
+def test_pybind11_is_asked_for_where_the_numpy_module_needs_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dhsa_machine, "_working_tool", lambda name, floor: name)
+    monkeypatch.setattr(dhsa_machine, "has_pybind11", lambda: False)
+    assert dhsa_machine.missing_tools(plan(numpy=True)) == ["pybind11>=2.11"]
+    assert dhsa_machine.missing_tools(plan(numpy=False)) == []
+
+
 @pytest.mark.parametrize(
     ("cmake", "ninja", "missing"),
     [
@@ -193,7 +247,7 @@ def test_only_tools_that_do_not_work_are_asked_for(
         put_tool(tmp_path / "bin", "cmake", cmake)
         put_tool(tmp_path / "bin", "ninja", ninja)
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
-    assert dhsa_machine.missing_tools() == missing
+    assert dhsa_machine.missing_tools(plan(numpy=False)) == missing
 
 
 # ---- source archive and wheel ---------------------------------------------------------------------------------------
@@ -209,7 +263,8 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(ROOT, tree, ignore=ignore)
     lib = tree / "build" / "lib" / "dhsa_ext"
     lib.mkdir(parents=True)
-    for stale in (lib / "_native.so", lib / "removed.py", tree / "python" / "dhsa_ext" / "_native.so"):
+    package = tree / "python" / "dhsa_ext"
+    for stale in (lib / "_native.so", lib / "removed.py", package / "_native.so", package / "_numpy.so"):
         stale.write_bytes(b"stale")
     return tree
 
@@ -228,7 +283,7 @@ def build(tree: Path, hook: str, out: Path) -> Path:
 def test_the_sdist_holds_every_source(tree: Path, tmp_path: Path) -> None:
     with tarfile.open(build(tree, "build_sdist", tmp_path)) as archive:
         held = {name.partition("/")[2] for name in archive.getnames()}
-    folders = ["csrc", "build_tools", "cmake", "tests", "bench", "docs", "third_party", "python/dhsa_ext"]
+    folders = ["csrc", "build_tools", "tests", "bench", "docs", "examples", "third_party", "python/dhsa_ext"]
     sources = {
         path.relative_to(tree).as_posix()
         for folder in folders
@@ -247,7 +302,7 @@ def test_a_pure_wheel_holds_nothing_stale(tree: Path, tmp_path: Path) -> None:
         held = {name for name in archive.namelist() if name.startswith("dhsa_ext/")}
     package = tree / "python"
     sources = {path.relative_to(package).as_posix() for path in package.rglob("dhsa_ext/*") if path.is_file()}
-    assert held == sources - {"dhsa_ext/_native.so"}
+    assert held == sources - {"dhsa_ext/_native.so", "dhsa_ext/_numpy.so"}
 
 
 def test_no_extra_names_torch() -> None:
