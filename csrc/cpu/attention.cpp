@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <limits>
 
 #include "cpu/dispatch.h"
@@ -72,6 +73,20 @@ void load_queries(const AttentionArgs& args, const Rows& rows, const AttentionSc
   }
 }
 
+// Tiles multiply bfloat16 pairs where the ISA can: queries stay as they are, scores are scaled, and probabilities are
+// rounded to bfloat16, as tensor cores would have them.
+bool uses_pairs(const AttentionArgs& args) {
+  return args.kernels->gemm_pairs != nullptr && args.k.dtype == static_cast<int>(DType::kBFloat16);
+}
+
+void copy_queries(const AttentionArgs& args, const Rows& rows, const AttentionScratch& scratch) {
+  uint16_t* to = reinterpret_cast<uint16_t*>(scratch.q);
+  for (int64_t r = 0; r < rows.count(); ++r, to += args.head_dim) {
+    std::memcpy(to, args.q.at(rows.b, rows.first_head + r / rows.queries, rows.first_query + r % rows.queries),
+                args.head_dim * sizeof(uint16_t));
+  }
+}
+
 // Adds one tile's values to a row key by key, leaving out those it does not see: for tiles that hold a NaN or an
 // infinity, which a probability of 0 would not silence.
 void add_seen_values(const AttentionArgs& args, const Rows& rows, int64_t row, int64_t n, int64_t low, int64_t high,
@@ -94,13 +109,24 @@ void attend_tile(const AttentionArgs& args, const Rows& rows, int64_t n, const A
   const int64_t p0 = args.seqlen_k - args.seqlen_q + rows.first_query, p1 = p0 + rows.queries - 1;
   std::fill(scratch.index + n, scratch.index + padded, std::numeric_limits<int32_t>::max());
 
-  kernels.pack_keys[args.k.dtype](args.k.at(rows.b, rows.kv_head, 0), args.k.row, scratch.index, n, padded, head_dim,
-                                  scratch.k_panels);
-  const bool finite = kernels.pack_values[args.v.dtype](args.v.at(rows.b, rows.kv_head, 0), args.v.row, scratch.index,
-                                                        n, padded, head_dim, scratch.v_panels);
+  const bool pairs = uses_pairs(args);
+  const char *k = args.k.at(rows.b, rows.kv_head, 0), *v = args.v.at(rows.b, rows.kv_head, 0);
+  bool finite;
+  if (pairs) {
+    kernels.pack_key_pairs(k, args.k.row, scratch.index, n, padded, head_dim, scratch.k_panels);
+    finite = kernels.pack_value_pairs(v, args.v.row, scratch.index, n, padded, head_dim, scratch.v_panels);
+  } else {
+    kernels.pack_keys[args.k.dtype](k, args.k.row, scratch.index, n, padded, head_dim, scratch.k_panels);
+    finite = kernels.pack_values[args.v.dtype](v, args.v.row, scratch.index, n, padded, head_dim, scratch.v_panels);
+  }
   for (int64_t c = 0; c < padded; c += kernels.panel) {
-    kernels.gemm_panel(m, head_dim, scratch.q, head_dim, scratch.k_panels + c * head_dim, scratch.probs + c, kBlockN,
-                       false);
+    if (pairs) {
+      kernels.gemm_pairs(m, head_dim, scratch.q, head_dim, scratch.k_panels + c * head_dim / 2, scratch.probs + c,
+                         kBlockN, false);
+    } else {
+      kernels.gemm_panel(m, head_dim, scratch.q, head_dim, scratch.k_panels + c * head_dim, scratch.probs + c, kBlockN,
+                         false);
+    }
   }
 
   const auto [least, most] = std::minmax_element(scratch.index, scratch.index + n);
@@ -110,24 +136,34 @@ void attend_tile(const AttentionArgs& args, const Rows& rows, int64_t n, const A
     float* s = scratch.probs + r * kBlockN;
     const int64_t p = p0 + r % rows.queries;
     const int64_t low = args.softmax.window > 0 ? std::max<int64_t>(-1, p - args.softmax.window) : -1;
+    if (pairs) kernels.scale_row(s, padded, args.softmax.scale);
     if (args.softmax.softcap > 0.0f) kernels.softcap_row(s, padded, args.softmax.softcap);
     if (masked) kernels.mask_row(s, scratch.index, padded, static_cast<int32_t>(low), static_cast<int32_t>(p));
     const float shrink = kernels.softmax_row(s, padded, scratch.row_max + r, scratch.row_sum + r);
     float* acc = scratch.acc + r * padded_dim;
     if (shrink != 1.0f) kernels.scale_row(acc, padded_dim, shrink);
-    if (key_by_key) add_seen_values(args, rows, r, n, low, p, acc, scratch);
+    if (key_by_key) {
+      add_seen_values(args, rows, r, n, low, p, acc, scratch);
+    } else if (pairs) {
+      kernels.round_row(s, padded, s);
+    }
   }
   if (key_by_key) return;
   for (int64_t d = 0; d < padded_dim; d += kernels.panel) {
-    kernels.gemm_panel(m, padded, scratch.probs, kBlockN, scratch.v_panels + d * padded, scratch.acc + d, padded_dim,
-                       true);
+    if (pairs) {
+      kernels.gemm_pairs(m, padded, scratch.probs, 2 * kBlockN, scratch.v_panels + d * padded / 2, scratch.acc + d,
+                         padded_dim, true);
+    } else {
+      kernels.gemm_panel(m, padded, scratch.probs, kBlockN, scratch.v_panels + d * padded, scratch.acc + d, padded_dim,
+                         true);
+    }
   }
 }
 
 void attend_rows(const AttentionArgs& args, const Rows& rows, RunList runs, const AttentionScratch& scratch) {
   const int64_t padded_dim = round_up(args.head_dim, kMaxPanel);
   const int64_t p0 = args.seqlen_k - args.seqlen_q + rows.first_query;
-  load_queries(args, rows, scratch);
+  uses_pairs(args) ? copy_queries(args, rows, scratch) : load_queries(args, rows, scratch);
   std::fill_n(scratch.acc, rows.count() * padded_dim, 0.0f);
   std::fill_n(scratch.row_max, rows.count(), -kInfinity);
   std::fill_n(scratch.row_sum, rows.count(), 0.0f);

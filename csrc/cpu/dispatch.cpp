@@ -24,6 +24,10 @@ bool machine_has_avx512() {  // the machine and its system: the compiler's runti
 }
 #endif
 
+#if defined(DHSA_HAVE_AVX512BF16)
+bool machine_has_avx512bf16() { return machine_has_avx512() && __builtin_cpu_supports("avx512bf16"); }
+#endif
+
 struct Isa {
   const Kernels* kernels;
   bool (*machine_has)();
@@ -37,6 +41,9 @@ const Isa kIsas[] = {
 #endif
 #if defined(DHSA_HAVE_AVX512)
     {&kAvx512Kernels, machine_has_avx512},
+#endif
+#if defined(DHSA_HAVE_AVX512BF16)
+    {&kAvx512bf16Kernels, machine_has_avx512bf16},
 #endif
 #if defined(DHSA_HAVE_NEON)
     {&kNeonKernels, always},  // part of the armv8-a baseline

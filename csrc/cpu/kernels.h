@@ -73,6 +73,19 @@ struct Kernels {
   float (*mass_row)(float* z, const float* log_n, int64_t n, float softcap, float* mass);
   // mass[n] += min(1, exp(softcapped s[n] - row_lse)). n is a multiple of kMaxPanel in both.
   void (*bounded_exp_row)(float* s, int64_t n, float softcap, float row_lse, float* mass);
+
+  // Products of bfloat16 pairs, null in an ISA without an instruction for them. Two neighbours of k share four bytes:
+  // key panels [n_padded / panel][head_dim / 2][panel][2], value panels [ceil(head_dim / panel)][n_padded /
+  // 2][panel][2] of bfloat16, a of gemm_pairs bfloat16 with an even lda; sums are float32. Else as their namesakes
+  // above.
+  void (*pack_key_pairs)(const void* k, int64_t row_stride, const int32_t* index, int64_t n, int64_t n_padded,
+                         int64_t head_dim, void* panels) = nullptr;
+  bool (*pack_value_pairs)(const void* v, int64_t row_stride, const int32_t* index, int64_t n, int64_t n_padded,
+                           int64_t head_dim, void* panels) = nullptr;
+  // out[n] = x[n] as bfloat16; n is a multiple of kMaxPanel; out may be x.
+  void (*round_row)(const float* x, int64_t n, void* out) = nullptr;
+  void (*gemm_pairs)(int64_t m, int64_t k, const void* a, int64_t lda, const void* b, float* c, int64_t ldc,
+                     bool accumulate) = nullptr;
 };
 
 extern const Kernels kScalarKernels;
@@ -81,6 +94,9 @@ extern const Kernels kAvx2Kernels;
 #endif
 #if defined(DHSA_HAVE_AVX512)
 extern const Kernels kAvx512Kernels;
+#endif
+#if defined(DHSA_HAVE_AVX512BF16)
+extern const Kernels kAvx512bf16Kernels;
 #endif
 #if defined(DHSA_HAVE_NEON)
 extern const Kernels kNeonKernels;
