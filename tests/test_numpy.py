@@ -20,7 +20,13 @@ from dhsa_ext.backend import backend
 arrays = pytest.importorskip(
     "dhsa_ext.numpy", reason="the NumPy module is not built: run pip install -e .", exc_type=ImportError
 )
-pytestmark = pytest.mark.skipif(backend.name != "native", reason="the torch ops run on the reference, not the kernels")
+pytestmark = [
+    pytest.mark.skipif(backend.name != "native", reason="the torch ops run on the reference, not the kernels"),
+    pytest.mark.skipif(
+        arrays._numpy.isas_compiled() != backend.info("isas_compiled"),
+        reason="the two modules were not built together: run pip install -e .",
+    ),
+]
 
 ROOT = Path(__file__).resolve().parents[1]
 NATIVE = tuple(op for op in OPS if op != "boundary_logits")
