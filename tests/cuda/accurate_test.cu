@@ -1,6 +1,7 @@
 // The accurate mode on the GPU: chunk_mass and refine_keys against float64 twins on the host, the fused calls against
 // their stages, and times.
-//   accurate_test [all | small | time | profile]       small: shapes for compute-sanitizer; profile: for ncu
+//   accurate_test [all | small | time | profile] [a test's name, a length or decode]
+// small: shapes for compute-sanitizer; profile: one call of each stage, for ncu
 #include <set>
 
 #include "cuda/router.h"
@@ -599,14 +600,16 @@ void time_decode(int64_t length) {
               time_stage(x, 50) * 1e3);
 }
 
-int run_all(const std::string& mode) {
+int run_all(const std::string& mode, const std::string& only) {
   cudaDeviceProp device;
   CUDA_CHECK(cudaGetDeviceProperties(&device, 0));
   std::printf("%s, compiled for %s\n", device.name, cuda::archs_compiled());
   if (!cuda::device_supported(device.major, device.minor)) return std::printf("not built for this GPU\n"), 2;
   if (mode == "time") {
-    for (int64_t length : {8192, 32768, 131072}) time_prefill(length);
-    time_decode(131072);
+    for (int64_t length : {8192, 32768, 131072}) {
+      if (only.empty() || only == std::to_string(length)) time_prefill(length);
+    }
+    if (only.empty() || only == "decode") time_decode(131072);
     return 0;
   }
   if (mode == "profile") return time_prefill(32768, true), 0;
@@ -621,7 +624,7 @@ int run_all(const std::string& mode) {
                                                       {"decode equals its stages", test_decode_equals_its_stages},
                                                       {"graph replay", test_graph_replay}};
   for (const auto& [label, test] : tests) {
-    if (small_run && test == test_long_refine) continue;
+    if ((small_run && test == test_long_refine) || (!only.empty() && only != label)) continue;
     const int before = failures(), checked = checks();
     test();
     std::printf("%-28s %6d checks, %d failed\n", label, checks() - checked, failures() - before);
@@ -633,4 +636,4 @@ int run_all(const std::string& mode) {
 }  // namespace
 }  // namespace dhsa::test
 
-int main(int argc, char** argv) { return dhsa::test::run_all(argc > 1 ? argv[1] : "all"); }
+int main(int argc, char** argv) { return dhsa::test::run_all(argc > 1 ? argv[1] : "all", argc > 2 ? argv[2] : ""); }
