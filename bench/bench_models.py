@@ -238,18 +238,26 @@ def choice_seconds(meter: Metered, config: DHSAConfig, device: str) -> float:
 
 
 def check_answer(model: Any, device: str) -> None:
-    """With a budget that holds every key, DHSA's last logits are those of the model's own attention."""
+    """With a budget that holds every key, DHSA's last logits are those of the model's own attention.
+
+    What rounding alone does to random weights is measured, not guessed: the same attention, the prompt in two pieces.
+    """
     ids = torch.randint(2, model.config.vocab_size, (1, 256), device=device)
-    softcap = getattr(model.config, "attn_logit_softcapping", None)
-    model.set_attn_implementation("eager" if softcap else "sdpa")
+    model.set_attn_implementation("eager" if getattr(model.config, "attn_logit_softcapping", None) else "sdpa")
     expected = model(ids, logits_to_keep=1).logits.float()
+    cache = DynamicCache(config=model.config)
+    model(ids[:, :100], past_key_values=cache, logits_to_keep=1)
+    in_pieces = model(ids[:, 100:], past_key_values=cache, logits_to_keep=1).logits.float()
     hf.register(DHSAConfig("accurate", budget=512, min_length=0))
     model.set_attn_implementation("dhsa")
     got = model(ids, logits_to_keep=1).logits.float()
-    error = ((got - expected).norm() / expected.norm()).item()
-    bound = 1e-4 if expected.dtype == model.dtype else 3e-2  # bfloat16 rounds after every layer
+    error, noise = (((x - expected).norm() / expected.norm()).item() for x in (got, in_pieces))
+    bound = max(1e-4, 3 * noise)
     if not error <= bound:
-        raise AssertionError(f"full budget: expected the dense logits within {bound}, got a relative error of {error}")
+        raise AssertionError(
+            f"full budget: expected the dense logits within {bound:.2g}, three times what the order of their sums "
+            f"changes, got a relative error of {error:.2g}"
+        )
 
 
 def out_of_memory(error: BaseException) -> bool:

@@ -220,8 +220,8 @@ def decode_row(row: str, run: Run) -> None:
     contestants = [
         Contestant("sparse_decode S=1", lambda: sparse(one, caches[:1]), right(one), calls),
         Contestant("sparse_decode S=Hkv", lambda: sparse(per_kv, caches[:1]), right(per_kv), calls),
-        Contestant("sparse_decode S=1, 8 caches", lambda: sparse(one, caches), right(one), calls),
-        Contestant("sparse_decode S=Hkv, 8 caches", lambda: sparse(per_kv, caches), right(per_kv), calls),
+        Contestant("sparse_decode S=1 of 8 caches", lambda: sparse(one, caches), right(one), calls),
+        Contestant("sparse_decode S=Hkv of 8 caches", lambda: sparse(per_kv, caches), right(per_kv), calls),
         Contestant("sdpa flash", lambda: dense("flash"), inputs.checker("all"), calls),
         Contestant("sdpa cudnn", lambda: dense("cudnn"), inputs.checker("all"), calls),
     ]
@@ -298,6 +298,7 @@ class Run:
     """What the command line asked for, and the report that rows go to."""
 
     def __init__(self, arguments: argparse.Namespace) -> None:
+        self.arguments = arguments
         self.device, self.tiny = arguments.device, arguments.tiny
         self.dtype = DTYPES[arguments.dtype]
         self.seconds = 0.02 if self.tiny else arguments.seconds
@@ -353,8 +354,10 @@ class Run:
         rest = self.rows[self.rows.index(row) + (0 if guilty else 1) :]
         if not rest:
             sys.exit(1)
-        again = ["--rows", ",".join(rest), "--without", ",".join([*self.without, *guilty]), "--append"]
-        os.execv(sys.executable, [sys.executable, *sys.argv, *again, "--output", str(self.results.path)])
+        again = dict(vars(self.arguments), rows=",".join(rest), append=True, output=str(self.results.path))
+        again["without"] = ",".join([*self.without, *guilty])
+        options = [f"--{name}" if value is True else f"--{name}={value}" for name, value in again.items() if value]
+        os.execv(sys.executable, [sys.executable, sys.argv[0], *options])
 
 
 def show(cells: dict[str, Any]) -> str:

@@ -80,6 +80,7 @@ class _Runner:
     calls: int
     how: str
     estimate_ms: float  # of run()
+    keeps: Any = None  # whose memory a graph reads: freed, it would be unmapped before a replay
     extra_mib: float | None = None
     rounds: int = 0
     wall: list[float] = field(default_factory=list)
@@ -195,7 +196,7 @@ def _graphed(call: Callable[[], Any], calls: int) -> _Runner:
                 call()
         graph.replay()
         torch.cuda.synchronize()
-        return _Runner(graph.replay, calls, f"CUDA graph of {calls}", _events_ms(graph.replay))
+        return _Runner(graph.replay, calls, f"CUDA graph of {calls}", _events_ms(graph.replay), keeps=call)
     except Exception as error:
         if device_lost("cuda"):
             raise
