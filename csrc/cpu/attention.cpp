@@ -115,18 +115,14 @@ void attend_tile(const AttentionArgs& args, const Rows& rows, int64_t n, const A
   if (pairs) {
     kernels.pack_key_pairs(k, args.k.row, scratch.index, n, padded, head_dim, scratch.k_panels);
     finite = kernels.pack_value_pairs(v, args.v.row, scratch.index, n, padded, head_dim, scratch.v_panels);
+    kernels.gemm_pairs(m, head_dim, scratch.q, head_dim, scratch.k_panels, padded, scratch.probs, kBlockN, false);
   } else {
     kernels.pack_keys[args.k.dtype](k, args.k.row, scratch.index, n, padded, head_dim, scratch.k_panels);
     finite = kernels.pack_values[args.v.dtype](v, args.v.row, scratch.index, n, padded, head_dim, scratch.v_panels);
   }
-  for (int64_t c = 0; c < padded; c += kernels.panel) {
-    if (pairs) {
-      kernels.gemm_pairs(m, head_dim, scratch.q, head_dim, scratch.k_panels + c * head_dim / 2, scratch.probs + c,
-                         kBlockN, false);
-    } else {
-      kernels.gemm_panel(m, head_dim, scratch.q, head_dim, scratch.k_panels + c * head_dim, scratch.probs + c, kBlockN,
-                         false);
-    }
+  for (int64_t c = 0; c < padded && !pairs; c += kernels.panel) {
+    kernels.gemm_panel(m, head_dim, scratch.q, head_dim, scratch.k_panels + c * head_dim, scratch.probs + c, kBlockN,
+                       false);
   }
 
   const auto [least, most] = std::minmax_element(scratch.index, scratch.index + n);
@@ -149,14 +145,14 @@ void attend_tile(const AttentionArgs& args, const Rows& rows, int64_t n, const A
     }
   }
   if (key_by_key) return;
+  if (pairs) {
+    kernels.gemm_pairs(m, padded, scratch.probs, 2 * kBlockN, scratch.v_panels, padded_dim, scratch.acc, padded_dim,
+                       true);
+    return;
+  }
   for (int64_t d = 0; d < padded_dim; d += kernels.panel) {
-    if (pairs) {
-      kernels.gemm_pairs(m, padded, scratch.probs, 2 * kBlockN, scratch.v_panels + d * padded / 2, scratch.acc + d,
-                         padded_dim, true);
-    } else {
-      kernels.gemm_panel(m, padded, scratch.probs, kBlockN, scratch.v_panels + d * padded, scratch.acc + d, padded_dim,
-                         true);
-    }
+    kernels.gemm_panel(m, padded, scratch.probs, kBlockN, scratch.v_panels + d * padded, scratch.acc + d, padded_dim,
+                       true);
   }
 }
 

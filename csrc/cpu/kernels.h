@@ -75,16 +75,16 @@ struct Kernels {
   void (*bounded_exp_row)(float* s, int64_t n, float softcap, float row_lse, float* mass);
 
   // Products of bfloat16 pairs, null in an ISA without an instruction for them. Two neighbours of k share four bytes:
-  // key panels [n_padded / panel][head_dim / 2][panel][2], value panels [ceil(head_dim / panel)][n_padded /
-  // 2][panel][2] of bfloat16, a of gemm_pairs bfloat16 with an even lda; sums are float32. Else as their namesakes
-  // above.
+  // key panels are [n_padded / panel][head_dim / 2][panel][2] bfloat16, value panels [ceil(head_dim / panel)]
+  // [n_padded / 2][panel][2], rows of a bfloat16 with an even lda; sums are float32. Like their namesakes above, but
+  // gemm_pairs takes n columns, any number of panels.
   void (*pack_key_pairs)(const void* k, int64_t row_stride, const int32_t* index, int64_t n, int64_t n_padded,
                          int64_t head_dim, void* panels) = nullptr;
   bool (*pack_value_pairs)(const void* v, int64_t row_stride, const int32_t* index, int64_t n, int64_t n_padded,
                            int64_t head_dim, void* panels) = nullptr;
   // out[n] = x[n] as bfloat16; n is a multiple of kMaxPanel; out may be x.
   void (*round_row)(const float* x, int64_t n, void* out) = nullptr;
-  void (*gemm_pairs)(int64_t m, int64_t k, const void* a, int64_t lda, const void* b, float* c, int64_t ldc,
+  void (*gemm_pairs)(int64_t m, int64_t k, const void* a, int64_t lda, const void* b, int64_t n, float* c, int64_t ldc,
                      bool accumulate) = nullptr;
 };
 
