@@ -8,7 +8,7 @@ blocks, never over tokens (stage 2's greedy walk apart). Arguments are checked a
 from __future__ import annotations
 
 import math
-import sys
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -547,19 +547,6 @@ def sparse_prefill(
         q, k, v, budget, max_chunks, q_block, select_heads, score, pool, refine, q_stride, sink, local, dense_tail,
         boundary_window, nms_radius, segment, offsets, num_chunks, softcap, window,
     )  # fmt: skip
-    return prefill_by_stages(
-        sys.modules[__name__], q, k, v, budget, max_chunks=max_chunks, q_block=q_block, select_heads=select_heads,
-        score=score, pool=pool, refine=refine, q_stride=q_stride, sink=sink, local=local, dense_tail=dense_tail,
-        boundary_window=boundary_window, nms_radius=nms_radius, threshold=threshold, segment=segment, strict=strict,
-        offsets=offsets, num_chunks=num_chunks, scale=scale, softcap=softcap, window=window,
-    )  # fmt: skip
-
-
-def prefill_by_stages(
-    stages, q, k, v, budget, *, max_chunks, q_block, select_heads, score, pool, refine, q_stride, sink, local,
-    dense_tail, boundary_window, nms_radius, threshold, segment, strict, offsets, num_chunks, scale, softcap, window,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """sparse_prefill, stage by stage: `stages` is this module or torch.ops.dhsa."""
     q_len, k_len = q.shape[2], k.shape[2]
     heads = k.shape[1] if select_heads is None else select_heads
     sink, local = min(sink, k_len), min(local, k_len)
@@ -568,10 +555,10 @@ def prefill_by_stages(
         if max_chunks is None:
             max_chunks = max(1, (segment or k_len) // 16)
         min_chunk = nms_radius + 1 if segment == 0 else 1
-        scores = stages.boundary_scores(k, boundary_window)
-        offsets, num_chunks = stages.select_boundaries(scores, max_chunks, nms_radius, threshold, segment)
+        scores = boundary_scores(k, boundary_window)
+        offsets, num_chunks = select_boundaries(scores, max_chunks, nms_radius, threshold, segment)
     pool = "mean" if score == "mass" else pool
-    k_pooled = stages.chunk_pool(k, offsets, num_chunks, heads, pool)
+    k_pooled = chunk_pool(k, offsets, num_chunks, heads, pool)
     row_lse = None
     if score == "mass":
         if strict:
@@ -580,26 +567,26 @@ def prefill_by_stages(
                 q, k_pooled, offsets, num_chunks, k_len, q_block, q_stride, scale, softcap, window, cut_chunk
             )
         else:
-            chosen, row_lse = stages.chunk_mass(
+            chosen, row_lse = chunk_mass(
                 q, k_pooled, offsets, num_chunks, k_len, q_block, q_stride, scale=scale, softcap=softcap, window=window
             )
     else:
-        q_pooled = stages.query_pool(q, heads, q_block)
+        q_pooled = query_pool(q, heads, q_block)
         if strict:
             chosen = _strict_chunk_scores(q_pooled, k_pooled, k, offsets, num_chunks, q_len, q_block, pool)
         else:
-            chosen = stages.chunk_scores(q_pooled, k_pooled)
-    forced = dict(sink=sink, local=local, window=window, dense_tail=dense_tail)
+            chosen = chunk_scores(q_pooled, k_pooled)
+    forced: dict[str, Any] = dict(sink=sink, local=local, window=window, dense_tail=dense_tail)
     if refine:
-        runs, num_runs = stages.refine_keys(
+        runs, num_runs = refine_keys(
             q, k, chosen, row_lse, offsets, num_chunks, q_block, budget, refine,
             q_stride=q_stride, scale=scale, softcap=softcap, **forced,
         )  # fmt: skip
     else:
-        runs, num_runs = stages.select_keys(
+        runs, num_runs = select_keys(
             chosen, offsets, num_chunks, q_len, k_len, q_block, budget, min_chunk=min_chunk, **forced
         )
-    return stages.sparse_attention(q, k, v, runs, num_runs, q_block, scale=scale, softcap=softcap, window=window)
+    return sparse_attention(q, k, v, runs, num_runs, q_block, scale=scale, softcap=softcap, window=window)
 
 
 def sparse_decode(
@@ -623,34 +610,23 @@ def sparse_decode(
     checks.sparse_decode(
         q, k, v, k_pooled, offsets, num_chunks, budget, score, refine, sink, local, min_chunk, softcap, window
     )
-    return decode_by_stages(
-        sys.modules[__name__], q, k, v, k_pooled, offsets, num_chunks, budget, score=score, refine=refine, sink=sink,
-        local=local, min_chunk=min_chunk, scale=scale, softcap=softcap, window=window,
-    )  # fmt: skip
-
-
-def decode_by_stages(
-    stages, q, k, v, k_pooled, offsets, num_chunks, budget, *,
-    score, refine, sink, local, min_chunk, scale, softcap, window,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """sparse_decode, stage by stage: `stages` is this module or torch.ops.dhsa."""
     q_len, k_len = q.shape[2], k.shape[2]
     sink, local = min(sink, k_len), min(local, k_len)
     row_lse = None
     if score == "mass":
-        chosen, row_lse = stages.chunk_mass(
+        chosen, row_lse = chunk_mass(
             q, k_pooled, offsets, num_chunks, k_len, 1, 1, scale=scale, softcap=softcap, window=window
         )
     else:
-        chosen = stages.chunk_scores(stages.query_pool(q, k_pooled.shape[1], 1), k_pooled)
-    forced = dict(sink=sink, local=local, window=window)
+        chosen = chunk_scores(query_pool(q, k_pooled.shape[1], 1), k_pooled)
+    forced: dict[str, Any] = dict(sink=sink, local=local, window=window)
     if refine:
-        runs, num_runs = stages.refine_keys(
+        runs, num_runs = refine_keys(
             q, k, chosen, row_lse, offsets, num_chunks, 1, budget, refine,
             q_stride=1, scale=scale, softcap=softcap, **forced,
         )  # fmt: skip
     else:
-        runs, num_runs = stages.select_keys(
+        runs, num_runs = select_keys(
             chosen, offsets, num_chunks, q_len, k_len, 1, budget, min_chunk=min_chunk, **forced
         )
-    return stages.sparse_attention(q, k, v, runs, num_runs, 1, scale=scale, softcap=softcap, window=window)
+    return sparse_attention(q, k, v, runs, num_runs, 1, scale=scale, softcap=softcap, window=window)
