@@ -150,6 +150,45 @@ TEST(Kernels, products_do_not_depend_on_the_place_in_the_tile) {
   }
 }
 
+// Exact where products and sums are small integers; every count of rows and of panels, and an accumulator to add to.
+TEST(Kernels, pair_products_of_packed_keys_and_values) {
+  const Kernels& kernels = active_kernels();
+  if (kernels.gemm_pairs == nullptr) GTEST_SKIP() << kernels.name << " has no pair products";
+  for (const int64_t head_dim : {8, 16, 24, 48}) {
+    for (int64_t rows = 1; rows <= 17; ++rows) {
+      const auto integers = [](int64_t n, int64_t columns) {
+        Array x(DType::kBFloat16, {1, 1, n, columns});
+        for (int64_t r = 0; r < n; ++r) {
+          for (int64_t d = 0; d < columns; ++d) x.put({0, 0, r, d}, draw(-4, 4));
+        }
+        return x;
+      };
+      const Array q = integers(rows, head_dim), k = integers(20, head_dim), v = integers(20, head_dim);
+      const Array p = integers(rows, 16);
+      const int32_t index[13] = {3, 7, 19, 0, 1, 2, 4, 5, 6, 8, 9, 10, 11};
+      const int64_t width = (head_dim + 15) / 16 * 16;
+      const Guard<float> panels(16 * width / 2), scores(rows * 16), out(rows * width);
+      kernels.pack_key_pairs(k.tensor.data, head_dim, index, 13, 16, head_dim, panels.data());
+      kernels.gemm_pairs(rows, head_dim, q.tensor.data, head_dim, panels.data(), 16, scores.data(), 16, false);
+      EXPECT_TRUE(kernels.pack_value_pairs(v.tensor.data, head_dim, index, 13, 16, head_dim, panels.data()));
+      std::fill_n(out.data(), rows * width, 5.0f);
+      kernels.gemm_pairs(rows, 16, p.tensor.data, 16, panels.data(), width, out.data(), width, true);
+      for (int64_t r = 0; r < rows; ++r) {
+        for (int64_t j = 0; j < 16; ++j) {
+          double score = 0.0;
+          for (int64_t d = 0; d < head_dim && j < 13; ++d) score += q.at({0, 0, r, d}) * k.at({0, 0, index[j], d});
+          EXPECT_EQ(scores.data()[r * 16 + j], score) << head_dim << ", " << r << ", " << j;
+        }
+        for (int64_t d = 0; d < width; ++d) {
+          double sum = 5.0;
+          for (int64_t j = 0; j < 13 && d < head_dim; ++j) sum += p.at({0, 0, r, j}) * v.at({0, 0, index[j], d});
+          EXPECT_EQ(out.data()[r * width + d], sum) << head_dim << ", " << r << ", " << d;
+        }
+      }
+    }
+  }
+}
+
 TEST(Kernels, pack_values_tells_of_values_that_are_no_number) {
   const Kernels& kernels = active_kernels();
   for (int dtype = 0; dtype < 3; ++dtype) {
