@@ -167,6 +167,32 @@ def test_generate_with_a_prefill_in_pieces_equals_the_models_own_attention(name,
     assert torch.equal(got.sequences, expected.sequences)
 
 
+@pytest.mark.parametrize("band_kernel", [True, False])
+@pytest.mark.parametrize("padding", ["none", "left"])
+@pytest.mark.parametrize("name", ["gemma2", "gemma3"])
+def test_windows_many_times_shorter_than_the_prompt_equal_eager_attention(name, padding, band_kernel, monkeypatch):
+    """Whole, in pieces that end off the query blocks, and token by token: 300 tokens, windows of 12, blocks of 128."""
+    model, _ = build(name, DHSAConfig("accurate", budget=512, band_kernel=band_kernel, **SETTINGS))
+    ids, mask = prompts(padding, length=300)
+    bands = []
+    attend = hf.ops.sparse_attention
+    monkeypatch.setattr(
+        hf.ops, "sparse_attention", lambda *a, **k: bands.append(k["window"]) or attend(*a, **k)
+    )  # fmt: skip
+
+    def run():
+        whole = model(ids, attention_mask=mask).logits
+        cache, logits = DynamicCache(config=model.config), []
+        for begin, end in ((0, 7), (7, 150), (150, 297), (297, 298), (298, 299), (299, 300)):
+            step = model(ids[:, begin:end], attention_mask=mask[:, :end], past_key_values=cache)
+            logits.append(step.logits)
+        return whole[mask.bool()], torch.cat(logits, dim=1)[mask.bool()]
+
+    expected, got = own_and_dhsa(model, "eager", run)
+    torch.testing.assert_close(got, expected, **CLOSE)
+    assert (12 in bands) == (band_kernel or name == "gemma2")
+
+
 def test_no_cache_and_no_mask():
     model, own = build("qwen3", DHSAConfig(budget=128, **SETTINGS))
     ids, _ = prompts("none")

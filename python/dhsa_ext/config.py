@@ -45,6 +45,8 @@ class DHSAConfig:
     chunk_size      mean length of a chunk: at most max(1, Lk // chunk_size) of them
     segment         0, or a forced cut at every multiple of it, with a quota of chunks for each segment: a prompt that
                     comes in pieces of `segment` tokens is cut as in one prefill, generate(prefill_chunk_size=segment)
+    band_kernel     layers with a sliding window: prompts longer than the window on sparse_attention, which skips what
+                    the window hides (True), or on transformers' sdpa and its mask (False); soft-capped ones always are
     nms_radius, boundary_window, threshold, strict   as in sparse_prefill
 
     Raises ValueError for an unknown name, a size out of range, or a budget that cannot hold its forced keys.
@@ -67,6 +69,7 @@ class DHSAConfig:
     share_boundaries: bool = False
     chunk_size: int = 16
     segment: int = 0
+    band_kernel: bool = True
     nms_radius: int = 8
     boundary_window: int = 4
     threshold: float | None = None

@@ -6,7 +6,8 @@
     with torch.no_grad():
         model.generate(...)
 
-Global layers run DHSA, layers with a sliding window keep their own attention. A prompt (T == S) and a piece of one
+Global layers run DHSA; layers with a sliding window keep every key of it, on the same kernel where that is faster
+(DHSAConfig(band_kernel=...)). A prompt (T == S) and a piece of one
 (1 < T < S) run sparse_prefill; a new token (T == 1) runs dense attention, or sparse_decode over a ChunkIndex that is
 kept per layer and rebuilt whenever the cache is not the one it was built from. A long prompt in pieces keeps the
 activations of one piece: model.generate(..., prefill_chunk_size=4096) under DHSAConfig(segment=4096), which cuts the
@@ -60,6 +61,8 @@ def configure(model: torch.nn.Module, config: DHSAConfig) -> None:
     for module in model.modules():
         if hasattr(module, "layer_idx"):
             _layers[module] = _LayerState(state)
+            if getattr(module, "config", None) is not None:
+                _remember(module.config, state)
 
 
 # ---- state kept per model
@@ -91,17 +94,25 @@ class _LayerState:
 
 
 _layers: weakref.WeakKeyDictionary[torch.nn.Module, _LayerState] = weakref.WeakKeyDictionary()
-_models: dict[int, _ModelState] = {}  # by the id of the model's config object, for models that `configure` never saw
+_models: dict[int, _ModelState] = {}  # by the id of the model's config object, all that a mask function is given
 
 
 def _state_of(module: torch.nn.Module) -> _LayerState:
     if module not in _layers:
-        key = id(module.config)
-        if key not in _models:
-            _models[key] = _ModelState(_default)
-            weakref.finalize(module.config, _models.pop, key, None)
-        _layers[module] = _LayerState(_models[key])
+        _layers[module] = _LayerState(_model_state(module.config))
     return _layers[module]
+
+
+def _model_state(config: Any) -> _ModelState:
+    if id(config) not in _models:
+        _remember(config, _ModelState(_default))
+    return _models[id(config)]
+
+
+def _remember(config: Any, state: _ModelState) -> None:
+    if id(config) not in _models:
+        weakref.finalize(config, _models.pop, id(config), None)
+    _models[id(config)] = state
 
 
 # ---- the mask
@@ -121,8 +132,8 @@ def dhsa_mask(
 ) -> Tensor | None:
     """What the attention function must know beyond causality. transformers calls it once per kind of layer.
 
-    Global layers: None, or bool [B, S], True at real tokens. Layers with a sliding window: what transformers gives its
-    own sdpa attention (None or bool [B, 1, T, S]); with soft-capped logits, which sdpa does not know, bool [B, 1, S].
+    Global layers: None, or bool [B, S], True at real tokens. Layers with a sliding window: None or bool [B, 1, S] where
+    the kernel runs the band, else what transformers gives its own sdpa attention (None or bool [B, 1, T, S]).
     """
     if isinstance(q_offset, Tensor) or kv_offset + kv_length != q_offset + q_length:
         raise _refusal(
@@ -147,10 +158,11 @@ def dhsa_mask(
             "masks: expected a plain sliding window on the local layers, got one with an overlay "
             "(packed sequences, image tokens or chunked attention)"
         )
-    if getattr(config, "attn_logit_softcapping", None):
-        real = torch.ones(batch_size, kv_offset + kv_length, dtype=torch.bool, device=kwargs.get("device", "cpu"))
-        real = real if attention_mask is None else attention_mask
-        return real[:, None, kv_offset:]
+    past_window = q_length > 1 and kv_length > local_size  # sdpa would need a mask, and would read all that it hides
+    if getattr(config, "attn_logit_softcapping", None) or (past_window and _model_state(config).config.band_kernel):
+        if attention_mask is None or bool(attention_mask.all()):
+            return None
+        return attention_mask[:, None, kv_offset:]
     return sdpa_mask(
         batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask,
         local_size=local_size, **kwargs,
@@ -249,7 +261,10 @@ class _Logits:
 def _local_attention(
     module: torch.nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, logits: _Logits, window: int
 ) -> Tensor:
-    """Attention of a layer with a sliding window: transformers' own sdpa, or the op where logits are soft-capped."""
+    """Attention of a layer with a sliding window: the op over the band, or transformers' own sdpa.
+
+    The op skips what the window hides; sdpa is faster where nothing is hidden, and cannot soft-cap logits.
+    """
     if logits.softcap == 0.0 and (mask is None or mask.ndim == 4):
         if mask is None and (k.shape[2] > window or 1 < q.shape[2] < k.shape[2]):  # more than sdpa's causal flag says
             return _masked_dense(q, k, v, None, logits, window).transpose(1, 2).contiguous()
@@ -275,9 +290,11 @@ def _masked_dense(
     """Dense causal attention over the real keys, streamed: sparse_attention over run lists that keep them all."""
     batch, seqlen_q, seqlen_k = q.shape[0], q.shape[2], k.shape[2]
     q_block = 1 if seqlen_q == 1 else 128
-    if real is None:
-        lists = torch.tensor([0, seqlen_k], dtype=torch.int32).expand(batch, 1, 2)
-        counts = torch.ones(batch, dtype=torch.int32)
+    blocks = -(-seqlen_q // q_block)
+    if real is None:  # made on the device: no copy that the host waits for
+        num_runs = torch.ones(batch, 1, blocks, dtype=torch.int32, device=q.device)
+        runs = torch.zeros(batch, 1, blocks, 1, 2, dtype=torch.int32, device=q.device)
+        runs[..., 1] = seqlen_k
     else:
         edges = torch.diff(torch.nn.functional.pad(real.to("cpu", torch.int8), (1, 1)), dim=1)
         counts = (edges == 1).sum(1, dtype=torch.int32)
@@ -285,9 +302,8 @@ def _masked_dense(
         for row in range(batch):
             lists[row, : counts[row], 0] = (edges[row] == 1).nonzero()[:, 0].int()
             lists[row, : counts[row], 1] = (edges[row] == -1).nonzero()[:, 0].int()
-    blocks = -(-seqlen_q // q_block)
-    runs = lists[:, None, None].expand(batch, 1, blocks, -1, 2).contiguous().to(q.device)
-    num_runs = counts[:, None, None].expand(batch, 1, blocks).contiguous().to(q.device)
+        runs = lists[:, None, None].expand(batch, 1, blocks, -1, 2).contiguous().to(q.device)
+        num_runs = counts[:, None, None].expand(batch, 1, blocks).contiguous().to(q.device)
     return ops.sparse_attention(
         q, k, v, runs, num_runs, q_block, scale=logits.scale, softcap=logits.softcap, window=window
     )
