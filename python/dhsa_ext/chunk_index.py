@@ -74,8 +74,9 @@ class ChunkIndex:
             interior &= offsets % self.segment != 0  # a forced cut was accepted by no score
         padded = torch.cat([scores, scores.new_full((scores.shape[0], 1), math.inf)], dim=1)
         accepted = padded.gather(1, offsets.long().clamp(max=self.length)).masked_fill(~interior, math.inf)
-        self._bars: list[float] = accepted.amin(dim=1).tolist()
-        self._counts: list[int] = num_chunks.tolist()
+        self._lowest = accepted.amin(dim=1)
+        self._bars: list[float] = []  # `_lowest` and `num_chunks` on the host, from the first extend on: a prefill
+        self._counts: list[int] = []  # does not wait for the device
         self._starts: list[int] = [self.length] * k.shape[0]  # of each row's open chunk
         self._decided = [self.length] * k.shape[0]  # cuts below this position are settled
         self._offsets = offsets.clone()
@@ -95,6 +96,8 @@ class ChunkIndex:
             raise ValueError(
                 f"dhsa_ext.ChunkIndex.extend: k_new: expected [{b}, {heads}, n, {dim}], got {list(k_new.shape)}"
             )
+        if not self._bars:
+            self._bars, self._counts = self._lowest.tolist(), self._num_chunks.tolist()
         self._recent = torch.cat([self._recent, k_new], dim=2)
         self.length += k_new.shape[2]
         scores = self._window_scores()

@@ -79,6 +79,7 @@ class _ModelState:
     shared: list[_Boundaries] = field(default_factory=list)  # the first layer's, by group of rows
     signature: list[Tensor] = field(default_factory=list)  # a few channels of the first layer's keys, by group of rows
     said: set[str] = field(default_factory=set)
+    rising: tuple[Tensor, int] | None = None  # positions found to rise, with their version: looked at by one layer only
 
     def say_once(self, message: str) -> None:
         if message not in self.said:
@@ -195,9 +196,8 @@ def dhsa_attention(
             f"{list(attention_mask.shape)}"
         )
     real = attention_mask
-    _refuse_packed(kwargs.get("position_ids"), real, query.shape[2])
-
     layer = _state_of(module)
+    _refuse_packed(layer.model, kwargs.get("position_ids"), real, query.shape[2])
     if _is_dense(layer.model, module.layer_idx, query.shape[2], key.shape[2]):
         return _dense(module, query, key, value, real, logits), None
 
@@ -474,9 +474,11 @@ def _refuse_unsupported(
             raise _refusal(f"{name}: expected an attention without it, got a {type(given).__name__}")
 
 
-def _refuse_packed(position_ids: Tensor | None, real: Tensor | None, seqlen_q: int) -> None:
+def _refuse_packed(model: _ModelState, position_ids: Tensor | None, real: Tensor | None, seqlen_q: int) -> None:
     """A row whose positions do not rise holds several sequences, which only a mask could keep apart."""
     if position_ids is None or position_ids.ndim != 2 or seqlen_q < 2 or position_ids.shape[1] != seqlen_q:
+        return
+    if model.rising is not None and model.rising[0] is position_ids and model.rising[1] == position_ids._version:
         return
     falls = position_ids[:, 1:] <= position_ids[:, :-1]
     if real is not None:
@@ -484,3 +486,4 @@ def _refuse_packed(position_ids: Tensor | None, real: Tensor | None, seqlen_q: i
         falls = falls & new[:, 1:] & new[:, :-1]
     if bool(falls.any()):
         raise _refusal("position_ids: expected rising positions in each row, got packed sequences")
+    model.rising = (position_ids, position_ids._version)
