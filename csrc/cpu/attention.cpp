@@ -119,10 +119,7 @@ void attend_tile(const AttentionArgs& args, const Rows& rows, int64_t n, const A
   } else {
     kernels.pack_keys[args.k.dtype](k, args.k.row, scratch.index, n, padded, head_dim, scratch.k_panels);
     finite = kernels.pack_values[args.v.dtype](v, args.v.row, scratch.index, n, padded, head_dim, scratch.v_panels);
-  }
-  for (int64_t c = 0; c < padded && !pairs; c += kernels.panel) {
-    kernels.gemm_panel(m, head_dim, scratch.q, head_dim, scratch.k_panels + c * head_dim, scratch.probs + c, kBlockN,
-                       false);
+    kernels.gemm(m, head_dim, scratch.q, head_dim, scratch.k_panels, padded, scratch.probs, kBlockN, false);
   }
 
   const auto [least, most] = std::minmax_element(scratch.index, scratch.index + n);
@@ -150,10 +147,7 @@ void attend_tile(const AttentionArgs& args, const Rows& rows, int64_t n, const A
                        true);
     return;
   }
-  for (int64_t d = 0; d < padded_dim; d += kernels.panel) {
-    kernels.gemm_panel(m, padded, scratch.probs, kBlockN, scratch.v_panels + d * padded, scratch.acc + d, padded_dim,
-                       true);
-  }
+  kernels.gemm(m, padded, scratch.probs, kBlockN, scratch.v_panels, padded_dim, scratch.acc, padded_dim, true);
 }
 
 void attend_rows(const AttentionArgs& args, const Rows& rows, RunList runs, const AttentionScratch& scratch) {

@@ -13,9 +13,7 @@ namespace dhsa::cpu {
 void PooledKeys::products(const Kernels& kernels, const float* q, int64_t m, int64_t c0, int64_t c1, float* out) const {
   const int64_t n = c1 - c0;
   if (panel > 0) {
-    for (int64_t c = c0; c < c1; c += panel) {
-      kernels.gemm_panel(m, head_dim, q, head_dim, data + c * head_dim, out + c - c0, n, false);
-    }
+    kernels.gemm(m, head_dim, q, head_dim, data + c0 * head_dim, n, out, n, false);
     return;
   }
   const int64_t real = std::min(c1, columns) - c0;

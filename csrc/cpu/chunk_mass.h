@@ -8,7 +8,7 @@
 
 namespace dhsa::cpu {
 
-// The pooled keys of one list: packed for gemm_panel, [round_up(C, kMaxPanel) / panel][head_dim][panel], where many
+// The pooled keys of one list: packed for gemm, [round_up(C, kMaxPanel) / panel][head_dim][panel], where many
 // query blocks share them; or the rows of k_pooled as they are, [C][head_dim], where a decode call reads them once.
 struct PooledKeys {
   const float* data;

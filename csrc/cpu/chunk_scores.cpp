@@ -48,8 +48,8 @@ void run(const ChunkScores& p, void* workspace, const Executor& executor) {
       const int64_t cells = m * kernels.panel;
       std::fill_n(scratch.sum, cells, 0.0f);
       for (int64_t d = 0; d < head_dim; d += kSlice) {
-        kernels.gemm_panel(m, std::min(kSlice, head_dim - d), q + d, head_dim, panel + d * kernels.panel, scratch.tile,
-                           kernels.panel, false);
+        kernels.gemm(m, std::min(kSlice, head_dim - d), q + d, head_dim, panel + d * kernels.panel, kernels.panel,
+                     scratch.tile, kernels.panel, false);
         for (int64_t i = 0; i < cells; ++i) scratch.sum[i] += scratch.tile[i];
       }
       for (int64_t r = 0; r < m; ++r) std::copy_n(scratch.sum + r * kernels.panel, width, scores + r * columns + c);

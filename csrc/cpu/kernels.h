@@ -19,9 +19,10 @@ struct BFloat16 {
   uint16_t bits;
 };
 
-constexpr int64_t kBlockN = 64;    // keys of a packed tile: K and V tiles of head_dim 128 are 32 KiB each
-constexpr int64_t kMaxPanel = 16;  // every panel and vector width divides it, and it divides kBlockN
-constexpr int64_t kAlign = 64;     // bytes, of every scratch array
+constexpr int64_t kBlockN = 64;     // keys of a packed tile: K and V tiles of head_dim 128 are 32 KiB each
+constexpr int64_t kMaxPanel = 16;   // every panel and vector width divides it, and it divides kBlockN
+constexpr int64_t kMaxDepth = 256;  // of a product: the largest head_dim
+constexpr int64_t kAlign = 64;      // bytes, of every scratch array
 
 struct Kernels {
   const char* name;
@@ -48,10 +49,11 @@ struct Kernels {
   bool (*pack_values[3])(const void* v, int64_t row_stride, const int32_t* index, int64_t n, int64_t n_padded,
                          int64_t head_dim, float* panels);
 
-  // c[m][panel] = a[m][k] . b[k][panel], or += ; every element is one chain of k fused multiply-adds in order of k, so
-  // its value does not depend on m or on the place in the tile. k is a multiple of 8.
-  void (*gemm_panel)(int64_t m, int64_t k, const float* a, int64_t lda, const float* b, float* c, int64_t ldc,
-                     bool accumulate);
+  // c[m][n] = a[m][k] . b, or += , over n / panel panels of b; every element is one chain of k fused multiply-adds in
+  // order of k, so its value does not depend on m or on the place in the tile. k is a multiple of 8 and at most
+  // kMaxDepth.
+  void (*gemm)(int64_t m, int64_t k, const float* a, int64_t lda, const float* b, int64_t n, float* c, int64_t ldc,
+               bool accumulate);
 
   // scores[m][0..n) = q[m] . k[index[n]] in place, without packing: for a few rows. q is [m][head_dim].
   void (*dot_rows[3])(const float* q, int64_t m, const void* k, int64_t row_stride, const int32_t* index, int64_t n,
@@ -76,8 +78,7 @@ struct Kernels {
 
   // Products of bfloat16 pairs, null in an ISA without an instruction for them. Two neighbours of k share four bytes:
   // key panels are [n_padded / panel][head_dim / 2][panel][2] bfloat16, value panels [ceil(head_dim / panel)]
-  // [n_padded / 2][panel][2], rows of a bfloat16 with an even lda; sums are float32. Like their namesakes above, but
-  // gemm_pairs takes n columns, any number of panels.
+  // [n_padded / 2][panel][2], rows of a bfloat16 with an even lda; sums are float32. Like their namesakes above.
   void (*pack_key_pairs)(const void* k, int64_t row_stride, const int32_t* index, int64_t n, int64_t n_padded,
                          int64_t head_dim, void* panels) = nullptr;
   bool (*pack_value_pairs)(const void* v, int64_t row_stride, const int32_t* index, int64_t n, int64_t n_padded,

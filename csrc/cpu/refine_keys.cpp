@@ -28,10 +28,7 @@ void add_key_mass(const RefineArgs& args, int64_t b, int64_t group, const float*
       const int64_t n = std::min(kBlockN, candidates - j), padded = round_up(n, kMaxPanel);
       kernels.pack_keys[args.k.dtype](args.k.at(b, kv_head, 0), args.k.row, scratch.candidates + j, n, padded,
                                       args.head_dim, scratch.panels);
-      for (int64_t c = 0; c < padded; c += kernels.panel) {
-        kernels.gemm_panel(m, args.head_dim, scratch.q, args.head_dim, scratch.panels + c * args.head_dim,
-                           scratch.logits + c, kBlockN, false);
-      }
+      kernels.gemm(m, args.head_dim, scratch.q, args.head_dim, scratch.panels, padded, scratch.logits, kBlockN, false);
       for (int64_t r = 0; r < m; ++r) {
         kernels.bounded_exp_row(scratch.logits + r * kBlockN, padded, args.softmax.softcap, scratch.lse[r],
                                 scratch.scores + j);

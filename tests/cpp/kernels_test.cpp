@@ -137,15 +137,45 @@ TEST(Kernels, softmax_row_carries_its_maximum_and_sum) {
 // What select_keys' ties and the strict mode rest on: an element's value depends on its row and column alone.
 TEST(Kernels, products_do_not_depend_on_the_place_in_the_tile) {
   const Kernels& kernels = active_kernels();
-  const int64_t depth = 40, panel = kernels.panel;
-  const Guard<float> a(17 * depth), b(depth * panel), c(17 * panel), one(panel);
-  for (int64_t i = 0; i < 17 * depth; ++i) a.data()[i] = static_cast<float>(normal());
-  for (int64_t i = 0; i < depth * panel; ++i) b.data()[i] = static_cast<float>(normal());
-  for (int64_t rows = 1; rows <= 17; ++rows) {
-    kernels.gemm_panel(rows, depth, a.data(), depth, b.data(), c.data(), panel, false);
+  const int64_t depth = 40, panel = kernels.panel, columns = 5 * panel, most = 41;
+  const Guard<float> a(most * depth), b(depth * columns), c(most * columns), one(panel);
+  for (int64_t i = 0; i < most * depth; ++i) a.data()[i] = static_cast<float>(normal());
+  for (int64_t i = 0; i < depth * columns; ++i) b.data()[i] = static_cast<float>(normal());
+  for (int64_t rows = 1; rows <= most; ++rows) {
+    kernels.gemm(rows, depth, a.data(), depth, b.data(), columns, c.data(), columns, false);
     for (int64_t r = 0; r < rows; ++r) {
-      kernels.gemm_panel(1, depth, a.data() + r * depth, depth, b.data(), one.data(), panel, false);
-      EXPECT_EQ(std::memcmp(one.data(), c.data() + r * panel, panel * sizeof(float)), 0) << rows << ", " << r;
+      for (int64_t j = 0; j < columns; j += panel) {
+        kernels.gemm(1, depth, a.data() + r * depth, depth, b.data() + j * depth, panel, one.data(), panel, false);
+        EXPECT_EQ(std::memcmp(one.data(), c.data() + r * columns + j, panel * sizeof(float)), 0) << rows << ", " << r;
+      }
+    }
+  }
+}
+
+// Exact where products and sums are small integers: every count of rows, the greatest depth, rows apart in memory, with
+// and without something to add to.
+TEST(Kernels, products_of_small_integers) {
+  const Kernels& kernels = active_kernels();
+  const int64_t panel = kernels.panel, columns = 4 * panel;
+  for (const int64_t depth : {int64_t{8}, int64_t{24}, cpu::kMaxDepth}) {
+    for (int64_t rows = 1; rows <= 41; ++rows) {
+      const int64_t lda = depth + 4, ldc = columns + 4;
+      const Guard<float> a(rows * lda), b(depth * columns), c(rows * ldc);
+      for (int64_t i = 0; i < rows * lda; ++i) a.data()[i] = static_cast<float>(draw(-8, 8));
+      for (int64_t i = 0; i < depth * columns; ++i) b.data()[i] = static_cast<float>(draw(-8, 8));
+      for (const bool accumulate : {false, true}) {
+        std::fill_n(c.data(), rows * ldc, 3.0f);
+        kernels.gemm(rows, depth, a.data(), lda, b.data(), columns, c.data(), ldc, accumulate);
+        for (int64_t r = 0; r < rows; ++r) {
+          for (int64_t j = 0; j < columns; ++j) {
+            double sum = accumulate ? 3.0 : 0.0;
+            const float* panel_of_j = b.data() + j / panel * panel * depth;
+            for (int64_t i = 0; i < depth; ++i) sum += a.data()[r * lda + i] * panel_of_j[i * panel + j % panel];
+            EXPECT_EQ(c.data()[r * ldc + j], sum) << depth << ", " << rows << ", " << r << ", " << j;
+          }
+          for (int64_t j = columns; j < ldc; ++j) EXPECT_EQ(c.data()[r * ldc + j], 3.0f);
+        }
+      }
     }
   }
 }

@@ -1,5 +1,5 @@
 // The vocabulary of cpu/simd on the armv8-a baseline: four floats. Halves are converted, in the instructions that every
-// AArch64 has; nothing here needs FEAT_FP16.
+// AArch64 has; nothing here needs FEAT_FP16. An ISA that adds to these defines DHSA_ISA first.
 #pragma once
 
 #include <arm_neon.h>
@@ -8,9 +8,11 @@
 
 #include "cpu/kernels.h"
 
+#ifndef DHSA_ISA
 #define DHSA_ISA neon
+#endif
 
-namespace dhsa::cpu::neon {
+namespace dhsa::cpu::DHSA_ISA {
 
 constexpr int64_t kLanes = 4;
 constexpr int64_t kPanel = 8;
@@ -63,4 +65,4 @@ inline float first_lane(Vec a) { return vgetq_lane_f32(a, 0); }
 inline float reduce_add(Vec a) { return vaddvq_f32(a); }
 inline float reduce_max(Vec a) { return vmaxvq_f32(a); }
 
-}  // namespace dhsa::cpu::neon
+}  // namespace dhsa::cpu::DHSA_ISA

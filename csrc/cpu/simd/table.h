@@ -15,7 +15,7 @@ constexpr Kernels make_table(const char* name) {
                  DHSA_EACH_TYPE(store_row),
                  DHSA_EACH_TYPE(pack_keys),
                  DHSA_EACH_TYPE(pack_values),
-                 gemm_panel,
+                 gemm,
                  DHSA_EACH_TYPE(dot_rows),
                  DHSA_EACH_TYPE(add_weighted_rows),
                  softcap_row,
