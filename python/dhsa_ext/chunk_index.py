@@ -134,6 +134,16 @@ class ChunkIndex:
         """float32 [B, S, C, D]: `sums`, scaled: the k_pooled of ops.sparse_decode."""
         return self._pooled
 
+    @property
+    def tail_starts(self) -> torch.Tensor:
+        """int32 [B]: the first key of no chunk."""
+        return self._offsets.gather(1, self._num_chunks[:, None].long())[:, 0]
+
+    @property
+    def bars(self) -> torch.Tensor:
+        """float32 [B]: the score above which a tail is cut."""
+        return self._lowest
+
     def _window_scores(self) -> dict[int, list[float]]:
         """Scores of every row at each position that is new, whose windows are complete, and that some row may cut."""
         first = min(max(d, s + self.nms_radius + 1) for d, s in zip(self._decided, self._starts, strict=True))

@@ -404,6 +404,19 @@ def _check_same_cache(model: _ModelState, key: Tensor, groups: list[_Group]) -> 
         model.signature = [k.clone() for k in now]
 
 
+def new_index(config: DHSAConfig, query_heads: int, kv_heads: int) -> ChunkIndex:
+    """An empty index for one layer's decode."""
+    return ChunkIndex(
+        config.heads(query_heads, kv_heads),
+        "mean" if config.score == "mass" else config.pool,
+        chunk_size=config.chunk_size,
+        nms_radius=config.nms_radius,
+        boundary_window=config.boundary_window,
+        threshold=config.threshold,
+        segment=config.segment,
+    )
+
+
 def _update_indices(
     layer: _LayerState, query_heads: int, key: Tensor, groups: list[_Group], first: bool, decoding: bool
 ) -> None:
@@ -412,18 +425,7 @@ def _update_indices(
     anew = not decoding or layer.epoch != model.epoch or len(layer.indices) != len(groups)
     if anew:
         layer.epoch = model.epoch
-        layer.indices = [
-            ChunkIndex(
-                config.heads(query_heads, key.shape[1]),
-                "mean" if config.score == "mass" else config.pool,
-                chunk_size=config.chunk_size,
-                nms_radius=config.nms_radius,
-                boundary_window=config.boundary_window,
-                threshold=config.threshold,
-                segment=config.segment,
-            )
-            for _ in groups
-        ]
+        layer.indices = [new_index(config, query_heads, key.shape[1]) for _ in groups]
     if first and anew:
         model.shared = [None] * len(groups)
     for g, (index, group) in enumerate(zip(layer.indices, groups, strict=True)):

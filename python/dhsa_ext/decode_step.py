@@ -1,0 +1,314 @@
+"""DecodeStep: one new token as a fixed sequence of device work, to be captured in a CUDA graph or compiled.
+
+    cache = DynamicCache(config=model.config)
+    logits = model(ids, past_key_values=cache, logits_to_keep=1).logits          # the prompt, as ever
+    step = DecodeStep(model, cache, max_new_tokens=256, mode="graph")            # takes the cache over
+    for _ in range(256):
+        logits = step(logits[:, -1:].argmax(-1))                                 # [B, 1] to [B, 1, V]
+
+Keys and values move to buffers of a fixed length N, filled up to a position that lives on the device; so do the chunks
+of every global layer. Nothing here waits for the device, and no shape changes from token to token.
+
+What a new token attends to, of n keys, the new one included (decode "sparse"):
+
+    recent      keys m ... n - 1, always: the open tail, and the nearest `local`; m = min(tail's start, n - local)
+    sink        the first ones, always
+    chosen      of the others, by the stages of sparse_decode, until `budget` less the largest number of recent keys
+
+sparse_decode itself takes the keys' length from a shape. Here it is data: keys from m on are one last chunk whose score
+is -inf, so it is chosen last, what is chosen of it is cut off, and the recent ones are added as one run; keys past n
+are NaN, which refine_keys ranks last. The budget holds as many recent keys as there can be, so up to
+max(local, 64 + window) - local fewer others are kept than sparse_decode keeps. A cut is decided as in
+ChunkIndex.extend, for all layers together after the last of them, and counts from the next token on.
+
+Rows of a batch have one length and no padding. decode "dense" keeps every key by one run; sliding windows are rings.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import AttentionInterface, DynamicCache
+
+from . import hf, ops
+from .chunk_index import ChunkIndex
+from .config import MAX_OPEN_CHUNK, DHSAConfig
+
+NAME = "dhsa_decode_step"  # no mask is registered under it: transformers then makes none
+MODES = ("eager", "compile", "graph")
+_running: list[weakref.ref[DecodeStep]] = []
+
+
+def _attend(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, scaling: float | None = None,
+    softcap: float | None = None, sliding_window: int | None = None, **_: Any,
+) -> tuple[Tensor, None]:  # fmt: skip
+    step = _running[0]()
+    assert step is not None
+    out = step.attend(module.layer_idx, query, key, value, scaling, softcap or 0.0)
+    return out.transpose(1, 2).contiguous(), None
+
+
+class DecodeStep:
+    """Decoding with fixed shapes, after a prefill through `cache`, whose layers are emptied.
+
+    config      of the decode: None for the model's own (hf.configure, hf.register)
+    mode        "eager", "compile" (torch.compile) or "graph" (a CUDA graph, captured at the first token)
+    """
+
+    def __init__(
+        self, model: Any, cache: DynamicCache, config: DHSAConfig | None = None, *,
+        max_new_tokens: int = 256, mode: Literal["eager", "compile", "graph"] = "graph",
+    ) -> None:  # fmt: skip
+        if mode not in MODES:
+            raise ValueError(f"dhsa_ext.DecodeStep: mode: expected one of {', '.join(MODES)}, got {mode!r}")
+        if type(cache) is not DynamicCache or not cache.get_seq_length():
+            raise ValueError(
+                "dhsa_ext.DecodeStep: cache: expected a DynamicCache that holds a prompt, got "
+                f"{type(cache).__name__} of {cache.get_seq_length()} tokens"
+            )
+        self.model, self.mode = model, mode
+        self.length, self.capacity = cache.get_seq_length(), cache.get_seq_length() + max_new_tokens
+        modules = {m.layer_idx: m for m in model.modules() if hasattr(m, "layer_idx") and hasattr(m, "k_proj")}
+        self.config = config or hf._state_of(modules[0]).model.config
+        device = cache.layers[0].keys.device
+        self.windows = [getattr(modules[i], "sliding_window", None) for i in range(len(modules))]
+        self.position = torch.full((1,), self.length, dtype=torch.int64, device=device)  # of the new token
+        self._device_length = torch.full((1,), self.length + 1, dtype=torch.int32, device=device)
+        dense = self.config.decode == "dense" or self.length < self.config.dense_below
+        self.sparse = [
+            i
+            for i, window in enumerate(self.windows)
+            if not dense and window is None and (self.config.layers is None or i in self.config.layers)
+        ]
+        if self.sparse:
+            self._check_budget()
+        self._fill_buffers(cache)
+        if self.sparse:
+            self._stack_indices([self._index_of(modules[i], self.keys[i]) for i in self.sparse])
+        self._ids = torch.zeros(self.keys[0].shape[0], 1, dtype=torch.int64, device=device)
+        self._compiled = torch.compile(self._forward, dynamic=False) if mode == "compile" else None
+        self._graph: torch.cuda.CUDAGraph | None = None
+
+    # ---- what the model calls
+
+    def update(self, key: Tensor, value: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """As a Cache: write the new token's key and value [B, Hkv, 1, D], give the layer's buffers."""
+        window = self.windows[layer_idx]
+        slot = self.position if window is None else self.position % self.keys[layer_idx].shape[2]
+        self.keys[layer_idx].index_copy_(2, slot, key)
+        self.values[layer_idx].index_copy_(2, slot, value)
+        return self.keys[layer_idx], self.values[layer_idx]
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float | None, softcap: float) -> Tensor:
+        if layer in self.sparse:
+            runs, num_runs = self._choose(self.sparse.index(layer), q, k, scale, softcap)
+        else:  # one run over all that was written
+            end = self._device_length.clamp(max=k.shape[2])
+            runs = torch.cat([torch.zeros_like(end), end]).expand(k.shape[0], 1, 1, 1, 2).contiguous()
+            num_runs = torch.ones_like(runs[..., 0, 0])
+        return ops.sparse_attention(q, k, v, runs, num_runs, 1, scale=scale, softcap=softcap)
+
+    # ---- one token
+
+    def __call__(self, token: Tensor) -> Tensor:
+        """Logits [B, 1, V] after the token [B, 1]; in mode "graph" they are overwritten by the next call."""
+        if self.length == self.capacity:
+            raise RuntimeError(
+                f"dhsa_ext.DecodeStep: token: expected at most the max_new_tokens asked for, got one past the "
+                f"{self.capacity} tokens that the buffers hold"
+            )
+        self._ids.copy_(token)
+        run: Callable[[], Tensor] = self._compiled or self._forward
+        if self.mode == "graph":
+            if self._graph is None:
+                self._capture()
+            assert self._graph is not None
+            self._graph.replay()
+            logits = self._logits
+        else:
+            with torch.no_grad(), self._registered():
+                logits = run()
+        self.length += 1
+        return logits
+
+    def _forward(self) -> Tensor:
+        if self.sparse:
+            # For every sparse layer: chunks end where the recent keys begin, and one more chunk holds all the rest.
+            self._begin = torch.minimum(self.starts, self._device_length - self.config.local).clamp_(min=0)  # [L, B]
+            offsets = torch.minimum(self.offsets, self._begin[..., None])
+            self._cut_offsets = F.pad(offsets, (0, 1), value=self.capacity)
+        logits = self.model(
+            self._ids, position_ids=self.position.expand(self._ids.shape[0], 1), past_key_values=self, use_cache=True
+        ).logits  # fmt: skip
+        if self.sparse:
+            self._decide_cuts()
+        self.position += 1
+        self._device_length += 1
+        return logits
+
+    def _choose(self, i: int, q: Tensor, k: Tensor, scale: float | None, softcap: float) -> tuple[Tensor, Tensor]:
+        """Runs [B, S, 1, R, 2] of the i-th sparse layer's new token."""
+        config, offsets, num_chunks, row_lse = self.config, self.offsets[i], self.num_chunks[i], None
+        if config.score == "mass":
+            scores, row_lse = ops.chunk_mass(
+                q, self.pooled[i], offsets, num_chunks, self.capacity, 1, config.q_stride, scale=scale, softcap=softcap
+            )
+        else:
+            scores = ops.chunk_scores(ops.query_pool(q, self.pooled.shape[2], 1), self.pooled[i])
+        chunks = (F.pad(scores, (0, 1), value=-torch.inf), self._cut_offsets[i], self._all_chunks)
+        if config.refine:
+            runs, num_runs = ops.refine_keys(
+                q, k, chunks[0], row_lse, chunks[1], chunks[2], 1, self._budget, config.refine,
+                sink=config.sink, local=0, q_stride=config.q_stride, scale=scale, softcap=softcap,
+            )  # fmt: skip
+        else:
+            runs, num_runs = ops.select_keys(*chunks, 1, self.capacity, 1, self._budget, sink=config.sink, local=0)
+        begin = self._begin[i].view(-1, 1, 1, 1, 1)
+        runs = F.pad(torch.minimum(runs, begin), (0, 0, 0, 1))
+        recent = torch.cat([begin, self._device_length.expand_as(begin)], -1)
+        at = num_runs[..., None, None].long()
+        runs.scatter_(3, at.expand(*at.shape[:4], 2), recent.expand(*at.shape[:4], 2))
+        return runs, num_runs + 1
+
+    def _decide_cuts(self) -> None:
+        """ChunkIndex.extend by one key, for all rows of all sparse layers at once."""
+        window, most = self.config.boundary_window, MAX_OPEN_CHUNK
+        n = self._device_length
+        ago = torch.arange(-2 * window, 0, device=n.device)
+        recent = self._stacked_keys.index_select(3, (n + ago).clamp_(min=0)).flatten(0, 1)
+        score = ops.boundary_scores(recent, window)[:, window].view_as(self.starts)
+        t = (n - window).expand_as(self.starts)
+        open_length = t - self.starts
+        cut = ((open_length > self.config.nms_radius) & (score > self.bars)) | (open_length == most)
+
+        keys = self._stacked_keys.flatten(0, 1)
+        chunk = (self.starts.view(-1, 1) + torch.arange(most, device=n.device)).clamp_(max=self.capacity - 1)
+        chunk = keys.gather(2, chunk.long()[:, None, :, None].expand(-1, keys.shape[1], -1, keys.shape[3]))
+        ends = F.pad(open_length.clamp(0, most).view(-1, 1), (1, 0)).int()
+        pooled = ops.chunk_pool(chunk, ends, torch.ones_like(ends[:, 0]), self.pooled.shape[2], self._scale)
+        # Where nothing is cut, the column past the last chunk is written, which nobody reads.
+        column = self.num_chunks.view(*self.num_chunks.shape, 1, 1, 1).long()
+        self.pooled.scatter_(3, column.expand(-1, -1, *self.pooled.shape[2:3], -1, self.pooled.shape[4]),
+                             pooled.view(*self.pooled.shape[:3], 1, -1))  # fmt: skip
+        self.starts.copy_(torch.where(cut, t, self.starts))
+        self.num_chunks += cut
+        past = torch.arange(self.offsets.shape[2], device=n.device) >= self.num_chunks[..., None]
+        self.offsets.copy_(torch.where(past, self.starts[..., None], self.offsets))
+
+    # ---- capture
+
+    def _capture(self) -> None:
+        if not torch.cuda.is_available():
+            raise RuntimeError('dhsa_ext.DecodeStep: mode: expected "eager" or "compile" without a GPU, got "graph"')
+        state = [self.position, self._device_length]
+        state += [self.offsets, self.num_chunks, self.starts] if self.sparse else []
+        before = [x.clone() for x in state]
+        with torch.no_grad(), self._registered():
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):  # lazy libraries initialise themselves outside the graph
+                self._forward()
+            torch.cuda.current_stream().wait_stream(side)
+            for x, y in zip(state, before, strict=True):
+                x.copy_(y)
+            self._graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self._graph):
+                self._logits = self._forward()
+
+    def _registered(self) -> _Registered:
+        return _Registered(self)
+
+    # ---- state
+
+    def _check_budget(self) -> None:
+        config, least = self.config, 2 * self.config.boundary_window
+        recent = max(config.local, MAX_OPEN_CHUNK + config.boundary_window)
+        self._budget = config.budget - recent
+        if self._budget < config.sink or self.length < least:
+            raise ValueError(
+                f"dhsa_ext.DecodeStep: budget: expected at least {config.sink + recent}, the keys always kept, "
+                f"and a prompt of {least} tokens or more, got {config.budget} and {self.length}"
+            )
+
+    def _fill_buffers(self, cache: DynamicCache) -> None:
+        """Each layer's keys and values into its buffer, one layer after the other: two copies of one exist at most.
+
+        Sparse layers share one tensor [L, B, Hkv, N, D]. What is not written yet is NaN in their keys.
+        """
+        if self.sparse:
+            first = cache.layers[self.sparse[0]].keys
+            shape = (len(self.sparse), *first.shape[:2], self.capacity, first.shape[3])
+            self._stacked_keys, stacked_values = first.new_zeros(shape), first.new_zeros(shape)
+            self._stacked_keys[:, :, :, self.length :] = torch.nan
+        self.keys: list[Tensor] = []
+        self.values: list[Tensor] = []
+        for i, window in enumerate(self.windows):
+            old = cache.layers[i]
+            kept = min(window or self.capacity, self.capacity)
+            if i in self.sparse:
+                self.keys.append(self._stacked_keys[self.sparse.index(i)])
+                self.values.append(stacked_values[self.sparse.index(i)])
+            else:
+                shape = (*old.keys.shape[:2], kept, old.keys.shape[3])
+                self.keys.append(old.keys.new_zeros(shape))
+                self.values.append(old.keys.new_zeros(shape))
+            held = min(old.keys.shape[2], kept)
+            slots = torch.arange(self.length - held, self.length, device=old.keys.device) % kept
+            self.keys[i].index_copy_(2, slots, old.keys[:, :, old.keys.shape[2] - held :])
+            self.values[i].index_copy_(2, slots, old.values[:, :, old.values.shape[2] - held :])
+            old.keys = old.values = old.keys.new_empty(0)
+
+    def _index_of(self, module: Any, keys: Tensor) -> ChunkIndex:
+        """The layer's index as its prefill left it, or a new one."""
+        state, config = hf._state_of(module), self.config
+        if state.model.config == config and len(state.indices) == 1 and state.indices[0].length == self.length:
+            return state.indices[0]
+        text = self.model.config.get_text_config()
+        index = hf.new_index(config, text.num_attention_heads, keys.shape[1])
+        index.prefill(keys[:, :, : self.length])
+        return index
+
+    def _stack_indices(self, indices: list[ChunkIndex]) -> None:
+        """[L, B, ...] tensors with room for every chunk that the new tokens can make."""
+        config = self.config
+        new = (self.capacity - self.length) // (config.nms_radius + 1) + 2
+        room = max(int(x.num_chunks.max()) for x in indices) + new
+        device = indices[0].offsets.device
+
+        def padded(x: Tensor, dim: int, size: int) -> Tensor:
+            x = x.narrow(dim, 0, min(size, x.shape[dim]))
+            shape = list(x.shape)
+            shape[dim] = size - x.shape[dim]
+            filler = x.narrow(dim, x.shape[dim] - 1, 1).expand(shape)
+            return torch.cat([x, filler], dim)
+
+        self.starts = torch.stack([x.tail_starts for x in indices]).int()
+        self.num_chunks = torch.stack([x.num_chunks for x in indices])
+        self.offsets = torch.stack([padded(x.offsets, 1, room + 1) for x in indices])
+        self.pooled = torch.stack([padded(x.pooled, 2, room) for x in indices])
+        self.bars = torch.stack([x.bars for x in indices])
+        self._scale = indices[0].scale
+        self._all_chunks = torch.full((self.offsets.shape[1],), room + 1, dtype=torch.int32, device=device)
+
+
+class _Registered:
+    """The model's attention is the step's while this is entered."""
+
+    def __init__(self, step: DecodeStep) -> None:
+        self.step = step
+
+    def __enter__(self) -> None:
+        AttentionInterface.register(NAME, _attend)
+        self.before = self.step.model.config._attn_implementation
+        self.step.model.set_attn_implementation(NAME)
+        _running[:] = [weakref.ref(self.step)]
+
+    def __exit__(self, *_: object) -> None:
+        _running.clear()
+        self.step.model.set_attn_implementation(self.before)
