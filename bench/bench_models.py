@@ -10,8 +10,10 @@ for every contestant: its last logits against attention in float32, DHSA with a 
 
 One row per model, length and contestant: time to first token (a prefill of random tokens, the logits of its last one),
 split into attention (of it the choice of keys, by itself on one layer's inputs) and the rest; decode tokens/s; peak
-memory above the weights. Contestants take turns, round after round; median and spread of the rounds. The file is
-written after every turn. One that runs out of memory gets a row that says so, and longer prompts of it are left out.
+memory above the weights. --decode fixed also times the decode as one fixed step (model_decode.py), a CUDA graph or
+compiled, and counts launches per token before and after. Contestants take turns, round after round; median and spread
+of the rounds. The file is written after every turn. One that runs out of memory gets a row that says so, and longer
+prompts of it are left out.
 """
 
 from __future__ import annotations
@@ -35,6 +37,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
 from transformers.utils import is_flash_attn_2_available
 
+import model_decode
 import timing
 from dhsa_ext import DHSAConfig, hf
 from dhsa_ext.meter import PeakMemory
@@ -64,6 +67,8 @@ class Pass:
     attention_s: float
     tokens_per_s: float
     peak_mib: float
+    launches: int | None = None  # of one token
+    fixed: model_decode.Decode | str | None = None  # the decode as a fixed step, or why there is none
 
 
 class Metered:
@@ -138,7 +143,9 @@ def prefill(model: Any, ids: Tensor, cache: DynamicCache, pieces: int) -> Tensor
     return logits
 
 
-def one_pass(model: Any, ids: Tensor, meter: Metered, pieces: int, new_tokens: int) -> Pass:
+def one_pass(
+    model: Any, ids: Tensor, contestant: Contestant, meter: Metered, pieces: int, new_tokens: int, fixed: bool
+) -> Pass:
     device = ids.device.type
     model.set_attn_implementation(NAME)
     cache = DynamicCache(config=model.config)
@@ -156,8 +163,16 @@ def one_pass(model: Any, ids: Tensor, meter: Metered, pieces: int, new_tokens: i
         token = model(token, past_key_values=cache, logits_to_keep=1).logits[:, -1:].argmax(-1)
     _settle(device)
     rate = new_tokens / (time.perf_counter() - begin)
+    result = Pass(first, attention, rate, memory.mib)
+    if fixed:
+        result.launches = model_decode.launches(lambda: model(token, past_key_values=cache), device)
+        try:
+            step = model_decode.fixed_step(model, cache, contestant, device, new_tokens + model_decode.SPARE)
+            result.fixed = model_decode.measure(step, token, new_tokens)
+        except Exception as error:
+            result.fixed = why(error)
     meter.seconds()
-    return Pass(first, attention, rate, memory.mib)
+    return result
 
 
 class _GpuPeak:
@@ -257,7 +272,9 @@ class Bench:
             if contestant.config is not None:
                 hf.register(contestant.config)
             meter = Metered(contestant, self.device, keep=warm_up and contestant.config is not None)
-            result = one_pass(self.model, ids, meter, arguments.pieces, 2 if warm_up else arguments.new_tokens)
+            tokens = 2 if warm_up else arguments.new_tokens
+            fixed = arguments.decode == "fixed" and not warm_up
+            result = one_pass(self.model, ids, contestant, meter, arguments.pieces, tokens, fixed)
             if not warm_up:
                 run.passes.append(result)
             elif contestant.config is not None and meter.layer is not None:
@@ -267,7 +284,8 @@ class Bench:
             if timing.device_lost(self.device):
                 raise SystemExit(f"{contestant.name}: {run.failure}; the GPU is lost to this process") from error
         hf.register()  # lets go of caches and indices that the last pass left in its layers
-        AttentionInterface.register(NAME, hf.dhsa_attention)
+        for name in (NAME, model_decode.PINNED):
+            AttentionInterface.register(name, hf.dhsa_attention)
         gc.collect()
 
     def row(self, contestant: Contestant, length: int, run: Runs) -> dict[str, Any]:
@@ -288,6 +306,14 @@ class Bench:
             "tokens_per_s": statistics.median(p.tokens_per_s for p in run.passes),
             "peak_mib": max(p.peak_mib for p in run.passes),
         }  # fmt: skip
+        last = run.passes[-1]
+        if isinstance(last.fixed, str):
+            row["fixed_failed"] = last.fixed
+        elif last.fixed is not None:
+            rates = [p.fixed.tokens_per_s for p in run.passes if isinstance(p.fixed, model_decode.Decode)]
+            row |= {"fixed_tokens_per_s": statistics.median(rates), "fixed_launches": last.fixed.launches}
+        if last.launches is not None:
+            row["launches"] = last.launches
         if run.choice_s is not None:
             calls = -(-length // (self.arguments.pieces or length))
             row["choice_ms"] = run.choice_s * 1e3 * self.about["global_layers"] * calls
@@ -296,7 +322,7 @@ class Bench:
 
 HEAD = (
     f"{'model':<13} {'tokens':>7}  {'contestant':<18} {'first s':>8} {'ratio':>6}  {'attend s':>8} {'choice s':>8} "
-    f"{'tokens/s':>8} {'peak MiB':>9}\n"
+    f"{'tokens/s':>8} {'peak MiB':>9}  fixed step\n"
     "ratio: to the fastest dense contestant of that length that answers right; attend s holds the choice; peak MiB is "
     "above the weights"
 )
@@ -310,8 +336,14 @@ def shown(row: dict[str, Any], fastest: float | None) -> str:
     ratio = f"{fastest / row['ms']:5.2f}x" if fastest else "     –"
     return (
         f"{head} {row['ms'] / 1e3:8.3f} {ratio}  {row['attention_ms'] / 1e3:8.3f} {choice} {row['tokens_per_s']:8.1f} "
-        f"{row['peak_mib']:9.0f}"
+        f"{row['peak_mib']:9.0f}  {_fixed(row)}"
     )
+
+
+def _fixed(row: dict[str, Any]) -> str:
+    if "fixed_tokens_per_s" not in row:
+        return str(row.get("fixed_failed", ""))
+    return f"{row['fixed_tokens_per_s']:.1f} tokens/s, launches {row['launches']} -> {row['fixed_launches']}"
 
 
 def limit_memory(text: str, device: str) -> None:
@@ -335,6 +367,7 @@ def arguments_of(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--contestants", nargs="+", default=[], help="names; default: all that can run here")
     parser.add_argument("--repeats", type=int, default=3, help="timed rounds, after one that warms up")
     parser.add_argument("--new-tokens", type=int, default=NEW_TOKENS, help="tokens of the decode rate")
+    parser.add_argument("--decode", choices=("plain", "fixed"), default="plain", help="fixed: as a fixed step as well")
     parser.add_argument("--pieces", type=int, default=0, help="prefill in pieces of so many tokens; 0: in one")
     parser.add_argument("--memory-limit", help="cap of this process, as 24GB; GPU: of torch's allocator")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="after these, no further turn begins")

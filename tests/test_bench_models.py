@@ -7,9 +7,11 @@ import sys
 
 import pytest
 import torch
+from transformers import DynamicCache
 
 import bench_models
 import model_answers
+import model_decode
 import model_plot
 from dhsa_ext import hf
 from model_shapes import MODELS, build
@@ -36,6 +38,27 @@ def test_rows_of_every_contestant(monkeypatch, tmp_path, capsys):
         assert row["attention_ms"] + row["rest_ms"] == pytest.approx(row["ms"], rel=1e-2)
     assert "choice_ms" in rows["dhsa accurate"] and "choice_ms" not in rows["sdpa"]
     assert "dhsa accurate" in capsys.readouterr().out
+
+
+def test_decode_as_a_fixed_step(monkeypatch, tmp_path):
+    arguments = ("--models", "tiny", "--lengths", "500", "--decode", "fixed")
+    for row in run(monkeypatch, tmp_path, *arguments, contestants=["sdpa", "dhsa accurate"])["rows"]:
+        assert row["fixed_tokens_per_s"] > 0 and row["fixed_launches"] < row["launches"]
+
+
+def test_a_pinned_step_is_the_next_token():
+    with torch.no_grad():
+        for name, own in (("tiny", "sdpa"), ("tiny-gemma-2", "eager")):
+            model = build(name, "cpu", torch.float32)
+            model.set_attn_implementation(own)
+            ids = torch.randint(2, 128, (1, 301))
+            cache = DynamicCache(config=model.config)
+            model(ids[:, :300], past_key_values=cache)
+            step = model_decode.PinnedStep(model, cache, own, "cpu")
+            got = [step(ids[:, 300:]).clone() for _ in range(2)]
+            model.set_attn_implementation(own)
+            expected = model(ids[:, 300:], past_key_values=cache).logits
+            torch.testing.assert_close(got, [expected, expected], rtol=1e-4, atol=1e-4)
 
 
 def test_pieces_are_appended_and_drawn(monkeypatch, tmp_path):
