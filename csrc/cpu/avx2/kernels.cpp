@@ -3,6 +3,7 @@
 //
 #include "cpu/avx2/tiles.h"
 //
+#include "cpu/simd/gather.h"
 #include "cpu/simd/gemm.h"
 #include "cpu/simd/math.h"
 #include "cpu/simd/pooling.h"

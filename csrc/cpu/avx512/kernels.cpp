@@ -4,6 +4,7 @@
 //
 #include "cpu/avx512/tiles.h"
 //
+#include "cpu/simd/gather.h"
 #include "cpu/simd/gemm.h"
 #include "cpu/simd/math.h"
 #include "cpu/simd/pooling.h"

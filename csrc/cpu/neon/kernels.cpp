@@ -1,7 +1,11 @@
 // The NEON ISA: every AArch64 machine, from the Raspberry Pi 3 on.
 #include "cpu/neon/vec.h"
 //
+#include "cpu/neon/product.h"
+//
 #include "cpu/neon/tiles.h"
+//
+#include "cpu/neon/gather.h"
 //
 #include "cpu/simd/math.h"
 #include "cpu/simd/pooling.h"

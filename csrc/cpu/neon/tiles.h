@@ -1,10 +1,11 @@
-// The hand-written tiles of NEON: a 4 x 4 transpose for packing, and two product tiles over panels of 8 columns.
+// The hand-written tiles of NEON: a 4 x 4 transpose for packing, and product tiles over panels of 8 columns.
 //
-//   12 x 8  rows of a packed to [k][12]: 24 accumulators, 3 vectors of a read by lane and 2 of b, 29 of 32 registers.
-//           A step of k is 24 fused multiply-adds and 3 loads (two of them pairs). Packing 12 rows costs an instruction
-//           per element, and every panel of b shares it.
-//   8 x 8   the rows that are left, where they lie: 16 accumulators, 8 vectors of a (four steps of k each) and 2 of b.
-//           Four steps are 64 fused multiply-adds and 16 loads.
+//   12 x 8  rows of a packed to [k][12]: 24 accumulators, and 8 registers for vectors of a, read by lane, and of b.
+//   Four
+//           steps of k are 96 fused multiply-adds, 10 loads of pairs and 2 instructions of the loop. Packing 12 rows
+//           costs about an instruction per element, and every panel of b shares it.
+//   8 x 8   the same over rows packed to [k][8], for what 12 does not divide: 64, 8 and 2.
+//   8, 4, 2 or 1 rows where they lie, for few rows or few panels: four steps of k in 8 vectors of a, read by lane.
 #pragma once
 
 namespace dhsa::cpu::DHSA_ISA {
@@ -37,54 +38,16 @@ void pack_keys(const void* k, int64_t row_stride, const int32_t* index, int64_t 
   }
 }
 
-// a[r][0..k) of kTileRows rows to [k][kTileRows]; k is a multiple of 4.
-constexpr int64_t kTileRows = 12;
-
+// a[r][0..k) of kRows rows to [k][kRows]; k is a multiple of 8.
+template <int kRows>
 inline void pack_rows(const float* a, int64_t lda, int64_t k, float* packed) {
-  for (int64_t r = 0; r < kTileRows; r += 4) {
-    const float* const rows[4] = {a + r * lda, a + (r + 1) * lda, a + (r + 2) * lda, a + (r + 3) * lda};
-    for (int64_t i = 0; i < k; i += 4) transpose_4x4<kTileRows>(rows, i, packed + i * kTileRows + r);
+  for (int64_t r = 0; r < kRows; r += 4, a += 4 * lda) {
+    const float* const rows[4] = {a, a + lda, a + 2 * lda, a + 3 * lda};
+    for (int64_t i = 0; i < k; i += 8) {
+      transpose_4x4<kRows>(rows, i, packed + i * kRows + r);
+      transpose_4x4<kRows>(rows, i + 4, packed + (i + 4) * kRows + r);
+    }
   }
-}
-
-// c[12][8] = a . b, or += ; a is packed, k is a multiple of 4. A function of its own, so that a disassembly shows its
-// loop: four steps of k, no vector register on the stack (needs -fno-schedule-insns with g++).
-__attribute__((noinline)) inline void gemm_tile_12x8(int64_t k, const float* a, const float* b, float* c, int64_t ldc,
-                                                     bool accumulate) {
-#define DHSA_ROWS(step)                                                                                    \
-  step(0, a0, 0) step(1, a0, 1) step(2, a0, 2) step(3, a0, 3) step(4, a1, 0) step(5, a1, 1) step(6, a1, 2) \
-      step(7, a1, 3) step(8, a2, 0) step(9, a2, 1) step(10, a2, 2) step(11, a2, 3)
-#define DHSA_START(r, from, lane) Vec low##r = zero(), high##r = zero();
-#define DHSA_LOAD(r, from, lane) \
-  low##r = load(c + r * ldc);    \
-  high##r = load(c + r * ldc + 4);
-#define DHSA_PRODUCT(r, from, lane)                 \
-  low##r = vfmaq_laneq_f32(low##r, b0, from, lane); \
-  high##r = vfmaq_laneq_f32(high##r, b1, from, lane);
-#define DHSA_STEP                                                                               \
-  {                                                                                             \
-    const Vec b0 = load(b), b1 = load(b + 4), a0 = load(a), a1 = load(a + 4), a2 = load(a + 8); \
-    DHSA_ROWS(DHSA_PRODUCT)                                                                     \
-    a += kTileRows;                                                                             \
-    b += kPanel;                                                                                \
-  }
-#define DHSA_STORE(r, from, lane) \
-  store(c + r * ldc, low##r);     \
-  store(c + r * ldc + 4, high##r);
-  DHSA_ROWS(DHSA_START)
-  if (accumulate) {
-    DHSA_ROWS(DHSA_LOAD)
-  }
-  for (int64_t i = 0; i < k; i += 4) {
-    DHSA_STEP DHSA_STEP DHSA_STEP DHSA_STEP
-  }
-  DHSA_ROWS(DHSA_STORE)
-#undef DHSA_ROWS
-#undef DHSA_START
-#undef DHSA_LOAD
-#undef DHSA_PRODUCT
-#undef DHSA_STEP
-#undef DHSA_STORE
 }
 
 // Named registers: an array of vectors is spilled (0.7 instead of 2 multiply-adds per cycle on a Neoverse N1).
@@ -153,15 +116,26 @@ inline void gemm_few_rows(int64_t m, int64_t k, const float* a, int64_t lda, con
   if (r < m) gemm_rows<1>(k, a + r * lda, lda, b, c + r * ldc, ldc, accumulate);
 }
 
-// Twelve rows, packed, over every panel if there are enough to pay for it; 16 that are left are two tiles of eight, not
-// one of twelve and one of four.
+template <int kRows>
+inline void gemm_packed_rows(int64_t k, const float* a, int64_t lda, const float* b, int64_t n, float* c, int64_t ldc,
+                             bool accumulate) {
+  float packed[kMaxDepth * kRows];
+  pack_rows<kRows>(a, lda, k, packed);
+  for (int64_t j = 0; j < n; j += kPanel) {
+    (kRows == 12 ? gemm_tile_12x8 : gemm_tile_8x8)(k, packed, b + j * k, c + j, ldc, accumulate);
+  }
+}
+
+// Rows are packed if there are panels enough to pay for it; 16 that are left are two tiles of eight, not one of twelve
+// and one of four.
 inline void gemm(int64_t m, int64_t k, const float* a, int64_t lda, const float* b, int64_t n, float* c, int64_t ldc,
                  bool accumulate) {
   int64_t r = 0;
-  for (; m - r >= kTileRows && m - r != 16 && n >= 4 * kPanel; r += kTileRows) {
-    float packed[kMaxDepth * kTileRows];
-    pack_rows(a + r * lda, lda, k, packed);
-    for (int64_t j = 0; j < n; j += kPanel) gemm_tile_12x8(k, packed, b + j * k, c + r * ldc + j, ldc, accumulate);
+  if (n >= 4 * kPanel) {
+    for (; m - r >= 12 && m - r != 16; r += 12) {
+      gemm_packed_rows<12>(k, a + r * lda, lda, b, n, c + r * ldc, ldc, accumulate);
+    }
+    for (; m - r >= 8; r += 8) gemm_packed_rows<8>(k, a + r * lda, lda, b, n, c + r * ldc, ldc, accumulate);
   }
   for (int64_t j = 0; j < n && r < m; j += kPanel) {
     gemm_few_rows(m - r, k, a + r * lda, lda, b + j * k, c + r * ldc + j, ldc, accumulate);
