@@ -1,5 +1,9 @@
 #include "cpu/dispatch.h"
 
+#if defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
+#endif
+
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
@@ -28,6 +32,12 @@ bool machine_has_avx512() {  // the machine and its system: the compiler's runti
 bool machine_has_avx512bf16() { return machine_has_avx512() && __builtin_cpu_supports("avx512bf16"); }
 #endif
 
+#if defined(DHSA_HAVE_NEONBF16)
+constexpr unsigned long kHwcap2Bf16 = 1ul << 14;  // HWCAP2_BF16, which older C libraries do not name
+
+bool machine_has_neonbf16() { return (getauxval(AT_HWCAP2) & kHwcap2Bf16) != 0; }
+#endif
+
 struct Isa {
   const Kernels* kernels;
   bool (*machine_has)();
@@ -47,6 +57,9 @@ const Isa kIsas[] = {
 #endif
 #if defined(DHSA_HAVE_NEON)
     {&kNeonKernels, always},  // part of the armv8-a baseline
+#endif
+#if defined(DHSA_HAVE_NEONBF16)
+    {&kNeonbf16Kernels, machine_has_neonbf16},
 #endif
 };
 

@@ -1,4 +1,4 @@
-// Which instruction set runs: detected once, or forced by DHSA_FORCE_ISA=scalar|avx2|avx512|avx512bf16|neon.
+// Which instruction set runs: detected once, or forced by DHSA_FORCE_ISA=scalar|avx2|avx512|avx512bf16|neon|neonbf16.
 #pragma once
 
 #include "cpu/kernels.h"

@@ -76,9 +76,10 @@ struct Kernels {
   // mass[n] += min(1, exp(softcapped s[n] - row_lse)). n is a multiple of kMaxPanel in both.
   void (*bounded_exp_row)(float* s, int64_t n, float softcap, float row_lse, float* mass);
 
-  // Products of bfloat16 pairs, null in an ISA without an instruction for them. Two neighbours of k share four bytes:
-  // key panels are [n_padded / panel][head_dim / 2][panel][2] bfloat16, value panels [ceil(head_dim / panel)]
-  // [n_padded / 2][panel][2], rows of a bfloat16 with an even lda; sums are float32. Like their namesakes above.
+  // Products of bfloat16, null in an ISA without an instruction for them: of pairs of neighbours in k (vdpbf16ps) or of
+  // two pairs (bfmmla). Panels are as large as their namesakes' above, in bfloat16, in an order that only the ISA's own
+  // gemm_pairs knows; value panels reach to a multiple of kMaxPanel columns. Rows of a are bfloat16 with an even lda;
+  // sums are float32.
   void (*pack_key_pairs)(const void* k, int64_t row_stride, const int32_t* index, int64_t n, int64_t n_padded,
                          int64_t head_dim, void* panels) = nullptr;
   bool (*pack_value_pairs)(const void* v, int64_t row_stride, const int32_t* index, int64_t n, int64_t n_padded,
@@ -101,6 +102,9 @@ extern const Kernels kAvx512bf16Kernels;
 #endif
 #if defined(DHSA_HAVE_NEON)
 extern const Kernels kNeonKernels;
+#endif
+#if defined(DHSA_HAVE_NEONBF16)
+extern const Kernels kNeonbf16Kernels;
 #endif
 
 }  // namespace dhsa::cpu
