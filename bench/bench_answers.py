@@ -5,7 +5,7 @@
 Each case is one prompt, the context and its question, as a user sends it: prefill, then as many greedy tokens as the
 answer has. The paper preset keeps every key for the prompt's last 64 tokens and decodes densely, the accurate one
 chooses keys for every row and for every new token. Contestants take turns on each case; dense is the model's own SDPA,
-and `layers=()` (DHSA nowhere, sliding windows on the band kernel) shows what the windows alone gain.
+and "dhsa nowhere" (layers=(), sliding windows on the band kernel) shows what the windows alone gain.
 
 Per length and contestant: time to first token (median), right answers, answers equal to dense's token by token, and how
 far the first answer's logits are from dense's: |x - dense| / |dense| over the vocabulary, median and largest.
@@ -46,7 +46,7 @@ class Answer:
 def contestants(budget: int) -> list[Contestant]:
     return [
         Contestant("dense sdpa", "sdpa"),
-        Contestant("dense, band kernel", "dhsa", DHSAConfig(layers=())),
+        Contestant("dhsa nowhere", "dhsa", DHSAConfig(layers=())),
         *(Contestant(f"dhsa {p}", "dhsa", DHSAConfig(p, budget=budget)) for p in ("paper", "accurate")),
     ]
 

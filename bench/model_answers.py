@@ -65,7 +65,8 @@ def relative_errors(
             continue
         try:
             if contestant.config is not None:
-                hf.register(DHSAConfig(contestant.config.preset, budget=max(length, 512), min_length=0))
+                config = contestant.config
+                hf.register(DHSAConfig(config.preset, budget=max(length, 512), layers=config.layers, min_length=0))
             meter(contestant, device)
             errors[contestant.name] = error(_logits(model, ids, name))
         except Exception as failure:

@@ -36,7 +36,8 @@ class PinnedStep:
     """The step after `cache`, again and again: the new token's key always goes to the same, last slot."""
 
     def __init__(self, model: Any, cache: DynamicCache, implementation: str, device: str) -> None:
-        self.model, self.implementation = model, "eager" if implementation == "eager" else "sdpa"
+        eager = implementation == "eager" or getattr(model.config, "attn_logit_softcapping", None)
+        self.model, self.implementation = model, "eager" if eager else "sdpa"
         self.keys, self.values = ([self._with_slot(x) for x in kept] for kept in _taken(cache))
         self.ids = torch.zeros(1, 1, dtype=torch.int64, device=device)
         self.position = torch.full((1, 1), self.length(cache), dtype=torch.int64, device=device)
@@ -98,7 +99,7 @@ def fixed_step(
 ) -> Callable[[Tensor], Tensor]:
     """One token in, its logits out; the cache must not be used again."""
     torch._dynamo.reset()  # each step is compiled by itself; after 8 of them torch would go on without compiling
-    if contestant.config is None:
+    if contestant.config is None or contestant.config.layers == ():
         return PinnedStep(model, cache, contestant.implementation, device)
     mode: Any = "graph" if device == "cuda" else "compile"
     return DecodeStep(model, cache, replace(contestant.config, decode="sparse"), max_new_tokens=tokens, mode=mode)

@@ -61,7 +61,7 @@ def test_window_longer_than_the_text():
     torch.testing.assert_close(stepwise(model, ids, 30)[0], expected, **CLOSE)
 
 
-@pytest.mark.parametrize("name, decode", [("llama", "sparse"), ("gemma2", "sparse"), ("llama", "dense")])
+@pytest.mark.parametrize("name, decode", [("gemma2", "sparse"), ("llama", "dense")])
 def test_compiled_equals_eager(name, decode):
     model, _ = build(name, tight(decode=decode))
     ids, _ = prompts("none", length=150)
