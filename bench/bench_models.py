@@ -169,8 +169,8 @@ def one_pass(
     rate = new_tokens / (time.perf_counter() - begin)
     result = Pass(first, attention, rate, memory.mib)
     if fixed:
-        result.launches = model_decode.launches(lambda: model(token, past_key_values=cache), device)
         try:
+            result.launches = model_decode.launches(lambda: model(token, past_key_values=cache), device)
             step = model_decode.fixed_step(model, cache, contestant, device, new_tokens + model_decode.SPARE)
             result.fixed = model_decode.measure(step, token, new_tokens)
         except Exception as error:
