@@ -1,7 +1,7 @@
 // The tiles of AVX-512 over bfloat16 pairs: vdpbf16ps multiplies 32 pairs of elements where a float32 instruction
-// multiplies 16. A pair, two neighbours in k, is four bytes, so that keys are packed, and rows of a broadcast, as if they
-// were float32: key panels are [n_padded / panel][head_dim / 2][panel][2] bfloat16, value panels
-// [ceil(head_dim / panel)][n_padded / 2][panel][2].
+// multiplies 16. A pair, two neighbours in k, is four bytes, so that keys are packed, and rows of a broadcast, as if
+// they were float32: key panels are [n_padded / panel][head_dim / 2][panel][2] bfloat16, value panels [ceil(head_dim /
+// panel)][n_padded / 2][panel][2].
 #pragma once
 
 namespace dhsa::cpu::DHSA_ISA {
