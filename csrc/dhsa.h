@@ -167,6 +167,7 @@ class Executor {
 
 // Bytes that the stage needs beside its tensors, 64-byte aligned; 0 where it needs none.
 int64_t workspace_bytes(const BoundaryScores&, int workers);
+int64_t workspace_bytes(const BoundaryLogits&, int workers);
 int64_t workspace_bytes(const SelectBoundaries&, int workers);
 int64_t workspace_bytes(const ChunkPool&, int workers);
 int64_t workspace_bytes(const QueryPool&, int workers);
@@ -180,6 +181,7 @@ int64_t workspace_bytes(const SparsePrefill&, int workers);
 int64_t workspace_bytes(const SparseDecode&, int workers);
 
 void run(const BoundaryScores&, void* workspace, const Executor&);
+void run(const BoundaryLogits&, void* workspace, const Executor&);
 void run(const SelectBoundaries&, void* workspace, const Executor&);
 void run(const ChunkPool&, void* workspace, const Executor&);
 void run(const QueryPool&, void* workspace, const Executor&);

@@ -206,6 +206,7 @@ void check(const BoundaryLogits& p) {
     check.fail("num_heads", "a divisor of the keys' width " + to_text(width), to_text(p.num_heads));
   }
   const DType dtype = p.in_proj_weight.dtype;
+  if (dtype == DType::kInt32) check.fail("in_proj_weight", "float32, float16 or bfloat16", to_text(dtype));
   check.like("in_proj_weight", p.in_proj_weight, {3 * width, width}, dtype);
   check.like("in_proj_bias", p.in_proj_bias, {3 * width}, dtype);
   check.like("out_proj_weight", p.out_proj_weight, {width, width}, dtype);
