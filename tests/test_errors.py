@@ -83,6 +83,7 @@ ROWS = [
     ("boundary_logits", "k_of_rank_3", same("k", lambda k: k[0]), "k"),
     ("boundary_logits", "num_heads_3_for_width_128", to(num_heads=3), "num_heads"),
     ("boundary_logits", "window_0", to(window=0), "window"),
+    ("boundary_logits", "in_proj_of_int32", same("in_proj_weight", torch.Tensor.int), "in_proj_weight"),
     ("boundary_logits", "in_proj_of_another_width", to(in_proj_weight=zeros(96, 128)), "in_proj_weight"),
     ("boundary_logits", "fc1_of_another_width", to(fc1_weight=zeros(256, 512)), "fc1_weight"),
     ("boundary_logits", "gate_without_its_bias", to(gate_bias=None), "gate_bias"),

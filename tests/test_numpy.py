@@ -29,7 +29,6 @@ pytestmark = [
 ]
 
 ROOT = Path(__file__).resolve().parents[1]
-NATIVE = tuple(op for op in OPS if op != "boundary_logits")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 HAS_LSE = ("sparse_attention", "sparse_prefill", "sparse_decode")
 
@@ -64,7 +63,7 @@ def assert_same_bits(got, expected):
         assert a.tobytes() == b.tobytes()
 
 
-@pytest.mark.parametrize("op", NATIVE)
+@pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_same_bits_as_the_torch_op(op, dtype):
     call = valid_call(op, dtype)
@@ -78,6 +77,7 @@ def options(op, rng):
     offsets, num_chunks = chunks(rng, 2, 90, 7)
     return {
         "boundary_scores": [dict(window=5)],
+        "boundary_logits": [dict(window=5, num_heads=4), dict(gate_weight=None, gate_bias=None)],
         "select_boundaries": [dict(max_chunks=4, nms_radius=5, threshold=0.1, segment=32)],
         "chunk_pool": [dict(scale="mean", heads=1), dict(scale="sum", heads=4)],
         "query_pool": [dict(scale="sum", heads=1, q_block=7)],
@@ -97,7 +97,7 @@ def options(op, rng):
     }.get(op, [])  # fmt: skip
 
 
-@pytest.mark.parametrize("op", NATIVE)
+@pytest.mark.parametrize("op", OPS)
 def test_every_option_reaches_its_place(op, rng):
     for option in options(op, rng):
         call = {**valid_call(op), **option}
@@ -110,7 +110,7 @@ def test_defaults_are_the_schemas(rng):
         assert_same_bits(on_arrays(op, call), on_tensors(op, call))
 
 
-@pytest.mark.parametrize("op", NATIVE)
+@pytest.mark.parametrize("op", OPS)
 def test_any_number_of_threads_gives_the_same_bits(op):
     call = valid_call(op, q_len=150, k_len=170)
     one = on_arrays(op, call, threads=1)
@@ -185,7 +185,7 @@ def test_every_output_element_is_written(tmp_path):
     # glibc fills what malloc hands out with another byte in each process: an element left as it was would differ.
     import pickle
 
-    calls = [(op, {name: to_array(value) for name, value in valid_call(op).items()}) for op in NATIVE]
+    calls = [(op, {name: to_array(value) for name, value in valid_call(op).items()}) for op in OPS]
     (tmp_path / "calls").write_bytes(pickle.dumps(calls))
     digests = set()
     for fill in ("0", "85", "255"):
@@ -295,4 +295,4 @@ def test_the_example_runs_without_torch():
 
 
 def test_every_native_op_has_a_function():
-    assert set(arrays.__all__) == set(NATIVE) == set(dhsa_ext.__all__) - {"DHSAConfig", "reference", "boundary_logits"}
+    assert set(arrays.__all__) == set(OPS) == set(dhsa_ext.__all__) - {"DHSAConfig", "reference"}

@@ -196,6 +196,32 @@ py::array boundary_scores(const Object& k, int64_t window, const Text& dtype, in
   return call.one(p, p.scores, {p.k.shape[0], p.k.shape[2]});
 }
 
+py::array boundary_logits(const Object& k, const Object& in_proj_weight, const Object& in_proj_bias,
+                          const Object& out_proj_weight, const Object& out_proj_bias, const Object& norm_weight,
+                          const Object& norm_bias, const Object& gate_weight, const Object& gate_bias,
+                          const Object& fc1_weight, const Object& fc1_bias, const Object& fc2_weight,
+                          const Object& fc2_bias, int64_t num_heads, int64_t window, const Text& dtype, int threads) {
+  Call call("boundary_logits", dtype, threads);
+  BoundaryLogits p;
+  p.k = call("k", k);
+  p.in_proj_weight = call("in_proj_weight", in_proj_weight);
+  p.in_proj_bias = call("in_proj_bias", in_proj_bias);
+  p.out_proj_weight = call("out_proj_weight", out_proj_weight);
+  p.out_proj_bias = call("out_proj_bias", out_proj_bias);
+  p.norm_weight = call("norm_weight", norm_weight);
+  p.norm_bias = call("norm_bias", norm_bias);
+  p.gate_weight = call.optional("gate_weight", gate_weight);
+  p.gate_bias = call.optional("gate_bias", gate_bias);
+  p.fc1_weight = call("fc1_weight", fc1_weight);
+  p.fc1_bias = call("fc1_bias", fc1_bias);
+  p.fc2_weight = call("fc2_weight", fc2_weight);
+  p.fc2_bias = call("fc2_bias", fc2_bias);
+  p.num_heads = num_heads;
+  p.window = window;
+  call.check(p);
+  return call.one(p, p.logits, {p.k.shape[0], p.k.shape[2]});
+}
+
 py::tuple select_boundaries(const Object& scores, int64_t max_chunks, int64_t nms_radius,
                             std::optional<double> threshold, int64_t segment, int threads) {
   Call call("select_boundaries", std::nullopt, threads);
@@ -392,6 +418,7 @@ py::tuple sparse_decode(const Object& q, const Object& k, const Object& v, const
 PYBIND11_MODULE(_numpy, m) {
   m.doc() = "The ops of dhsa_ext on NumPy arrays; dhsa_ext.numpy is how to call them.";
   m.def("boundary_scores", &boundary_scores);
+  m.def("boundary_logits", &boundary_logits);
   m.def("select_boundaries", &select_boundaries);
   m.def("chunk_pool", &chunk_pool);
   m.def("query_pool", &query_pool);

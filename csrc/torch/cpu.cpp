@@ -50,6 +50,7 @@ using CpuOps = Ops<Cpu>;
 
 STABLE_TORCH_LIBRARY_IMPL(dhsa, CPU, m) {
   m.impl("boundary_scores", TORCH_BOX(&CpuOps::boundary_scores));
+  m.impl("boundary_logits", TORCH_BOX(&CpuOps::boundary_logits));
   m.impl("select_boundaries", TORCH_BOX(&CpuOps::select_boundaries));
   m.impl("chunk_pool", TORCH_BOX(&CpuOps::chunk_pool));
   m.impl("query_pool", TORCH_BOX(&CpuOps::query_pool));

@@ -134,6 +134,34 @@ struct Ops {
     return finish(p, p.scores, k, {k.size(0), k.size(2)}, ScalarType::Float);
   }
 
+  static TorchTensor boundary_logits(const TorchTensor& k, const TorchTensor& in_proj_weight,
+                                     const TorchTensor& in_proj_bias, const TorchTensor& out_proj_weight,
+                                     const TorchTensor& out_proj_bias, const TorchTensor& norm_weight,
+                                     const TorchTensor& norm_bias, MaybeTensor gate_weight, MaybeTensor gate_bias,
+                                     const TorchTensor& fc1_weight, const TorchTensor& fc1_bias,
+                                     const TorchTensor& fc2_weight, const TorchTensor& fc2_bias, int64_t num_heads,
+                                     int64_t window) {
+    Arguments args("boundary_logits");
+    BoundaryLogits p;
+    p.k = args("k", k);
+    p.in_proj_weight = args("in_proj_weight", in_proj_weight);
+    p.in_proj_bias = args("in_proj_bias", in_proj_bias);
+    p.out_proj_weight = args("out_proj_weight", out_proj_weight);
+    p.out_proj_bias = args("out_proj_bias", out_proj_bias);
+    p.norm_weight = args("norm_weight", norm_weight);
+    p.norm_bias = args("norm_bias", norm_bias);
+    p.gate_weight = args("gate_weight", gate_weight);
+    p.gate_bias = args("gate_bias", gate_bias);
+    p.fc1_weight = args("fc1_weight", fc1_weight);
+    p.fc1_bias = args("fc1_bias", fc1_bias);
+    p.fc2_weight = args("fc2_weight", fc2_weight);
+    p.fc2_bias = args("fc2_bias", fc2_bias);
+    p.num_heads = num_heads;
+    p.window = window;
+    check(p);
+    return finish(p, p.logits, k, {k.size(0), k.size(2)}, ScalarType::Float);
+  }
+
   static Pair select_boundaries(const TorchTensor& scores, int64_t max_chunks, int64_t nms_radius,
                                 std::optional<double> threshold, int64_t segment) {
     Arguments args("select_boundaries");

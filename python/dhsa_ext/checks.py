@@ -118,6 +118,8 @@ def boundary_logits(k, weights, gate_weight, gate_bias, num_heads, window) -> No
     width = k.shape[1] * k.shape[3]
     if width % num_heads != 0:
         _fail(op, "num_heads", f"a divisor of the keys' width {width}", num_heads)
+    if weights[0].dtype not in (*FLOATS, torch.float64):
+        _fail(op, "in_proj_weight", "float32, float16 or bfloat16", _name(weights[0].dtype))
     names: tuple[str, ...] = (
         "in_proj_weight",
         "in_proj_bias",

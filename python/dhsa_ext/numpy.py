@@ -7,7 +7,6 @@ q, k, v and x are float32, float16, or uint16 with `dtype="bfloat16"`: NumPy has
 uint16, into the call and out of it. Scores are float32, indices int32. `threads` is how many threads work on a call: by
 default DHSA_NUM_THREADS, else one for each CPU this process may use; results are the same bits for any number.
 Bad arguments raise ValueError with one sentence that names the argument; nothing is converted or copied on the way in.
-`boundary_logits` has no native kernel and therefore no function here.
 """
 
 from __future__ import annotations
@@ -36,6 +35,7 @@ PoolScale = Literal["sqrt", "mean", "sum"]
 ChunkScore = Literal["dot", "mass"]
 
 __all__ = [
+    "boundary_logits",
     "boundary_scores",
     "chunk_mass",
     "chunk_pool",
@@ -58,6 +58,37 @@ def boundary_scores(k: Array, window: int = 4, *, dtype: DType = None, threads: 
     where a whole window does not fit.
     """
     return _numpy.boundary_scores(k, window, dtype, _threads(threads))
+
+
+def boundary_logits(
+    k: Array,
+    in_proj_weight: Array,
+    in_proj_bias: Array,
+    out_proj_weight: Array,
+    out_proj_bias: Array,
+    norm_weight: Array,
+    norm_bias: Array,
+    gate_weight: Array | None,
+    gate_bias: Array | None,
+    fc1_weight: Array,
+    fc1_bias: Array,
+    fc2_weight: Array,
+    fc2_bias: Array,
+    num_heads: int,
+    window: int = 4,
+    *,
+    dtype: DType = None,
+    threads: int | None = None,
+) -> Floats:
+    """The learned boundary detector: same shape and meaning as `boundary_scores`, as logits.
+
+    k [B, Hkv, Lk, D]; with C_in = Hkv D: in_proj [3 C_in, C_in], out_proj [C_in, C_in], norm [C_in], gate [1, C_in] or
+    None (mean pooling), fc1 [256, 4 C_in + 1], fc2 [1, 256], and their biases, all of one type.
+    """
+    return _numpy.boundary_logits(
+        k, in_proj_weight, in_proj_bias, out_proj_weight, out_proj_bias, norm_weight, norm_bias, gate_weight, gate_bias,
+        fc1_weight, fc1_bias, fc2_weight, fc2_bias, num_heads, window, dtype, _threads(threads),
+    )  # fmt: skip
 
 
 def select_boundaries(

@@ -51,7 +51,7 @@ SCHEMAS = (
     "float softcap=0.0, int? window=None) -> (Tensor out, Tensor lse)",
 )
 OPS = tuple(schema.split("(")[0] for schema in SCHEMAS)
-NOT_NATIVE = {"CPU": ("boundary_logits",), "CUDA": ("boundary_logits",)}
+NOT_NATIVE = {"CUDA": ("boundary_logits",)}
 
 for _schema in SCHEMAS:
     library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -230,8 +230,6 @@ def _register_kernels() -> None:
         if backend.name == "reference":
             library.impl(op, _on_reference(op, backend.reason), "CompositeExplicitAutograd")
             continue
-        if op in NOT_NATIVE["CPU"]:
-            library.impl(op, _on_reference(op, "it has no native CPU kernel yet"), "CPU")
         if not backend.has_cuda:
             library.impl(op, _refused_on_cuda(op), "CUDA")
         elif op in NOT_NATIVE["CUDA"]:
