@@ -4,7 +4,7 @@
 
 Each stage is held against dhsa_ext.reference on a small shape first; a wrong one is not timed. Rates count the least
 work that the answer needs: each input read once and each output written once for a stage that moves data, multiply-adds
-twice for one that computes. A stage without a kernel of its own on the device says so.
+twice for one that computes.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from torch import Tensor
 import dhsa_ext
 from answers import TOLERANCE
 from dhsa_ext import ops, reference
+from dhsa_ext.predictor import HIDDEN, BoundaryPredictor, PredictorConfig
 from inputs import Inputs, sizes
 from lists import attention_flops, density, kept_pairs, show_histogram
 from shapes import CPU, GPU, TINY, Shape
@@ -28,6 +29,7 @@ from timing import Contestant, Failure, Report, Timing, load, measure, timed
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 Q_STRIDE, REFINE = 8, 4  # of the accurate mode
+PREDICTOR_HEADS, WINDOW = 8, 4  # of the learned boundaries
 
 
 @dataclass
@@ -74,6 +76,12 @@ class Pipeline:
 
         if name == "boundary_scores":
             return Stage(*both(k), inputs=(k,))
+        if name == "boundary_logits":
+            # A token: q, k, v and v through the output projection; a cut: its window's rows and the first layer.
+            width, span = shape.heads_kv * head_dim, 2 * WINDOW
+            work = 4 * width**2 + span * span * PREDICTOR_HEADS * width + (4 * width + 1) * HIDDEN
+            call = both(k, *predictor_weights(width, k.device), PREDICTOR_HEADS, WINDOW)
+            return Stage(*call, flops=2.0 * shape.batch * keys * work)
         if name == "select_boundaries":
             scores = self.boundary_scores
             return Stage(*both(scores, shape.max_chunks, shape.nms_radius), inputs=(scores,), exact=True)
@@ -118,7 +126,17 @@ class Pipeline:
         return dhsa_ext.chunk_pool(self.inputs.k, *self.chunks, self.shape.select_heads, "mean")
 
 
-STAGES = tuple(op for op in ops.OPS if op not in ("boundary_logits", "sparse_prefill"))
+STAGES = tuple(op for op in ops.OPS if op != "sparse_prefill")
+
+
+def predictor_weights(width: int, device: torch.device) -> list[Tensor]:
+    """Weights of boundary_logits as a new BoundaryPredictor draws them, its schema's order."""
+    predictor = BoundaryPredictor(PredictorConfig(1, width, PREDICTOR_HEADS, WINDOW)).requires_grad_(False).to(device)
+    weights = predictor.state_dict()
+    names = ("attention.in_proj_weight", "attention.in_proj_bias", "attention.out_proj.weight",
+             "attention.out_proj.bias", "norm.weight", "norm.bias", "gate.weight", "gate.bias",
+             "fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias")  # fmt: skip
+    return [weights[name] for name in names]
 
 
 def agrees(name: str, got: Any, want: Any, exact: bool, dtype: torch.dtype) -> None:
@@ -146,13 +164,6 @@ def kept_marks(runs: Tensor, num_runs: Tensor) -> Tensor:
     for edge, step in ((0, 1), (1, -1)):  # entries past the count are 0 and cancel at key 0
         steps.scatter_add_(1, runs.flatten(0, -3)[..., edge].long(), torch.full_like(runs.flatten(0, -3)[..., 0], step))
     return steps.cumsum(1)[:, :-1] > 0
-
-
-def native(name: str, device: str) -> bool:
-    """Whether the op has a kernel of its own on the device."""
-    if dhsa_ext.backend.backend.name != "native":
-        return False
-    return name not in ops.NOT_NATIVE[device.upper()]
 
 
 def timed_stages(names: list[str], large: Inputs, small: Inputs, seconds: float) -> dict[str, tuple[Stage, Any]]:
@@ -236,12 +247,10 @@ def main() -> None:
     report = Report("stages-tiny" if chosen.tiny else "stages", chosen.device, chosen.output, chosen.append)
     where = "the GPU" if on_gpu else f"{torch.get_num_threads()} threads"
     print(f"{report.head()}\n{shape}, {dtype}, {where}")
-    names = []
-    for name in chosen.stages.split(","):
-        if native(name, chosen.device):
-            names.append(name)
-        else:
-            print(f"  {name:18} has no kernel of its own on {chosen.device}: the float64 reference is not timed")
+    names = chosen.stages.split(",")
+    if dhsa_ext.backend.backend.name != "native":
+        names = []
+        print("  the native library is not built: the float64 reference is not timed")
     seconds = 0.02 if chosen.tiny else chosen.seconds
     large = Inputs(shape, chosen.device, DTYPES[dtype])
     found = timed_stages(names, large, Inputs(small, chosen.device, DTYPES[dtype]), seconds)

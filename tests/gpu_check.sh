@@ -45,6 +45,7 @@ if step build; then
 fi
 if step kernels; then
   LINES_SHOWN=8 spawn router 120 $bin/router_test
+  LINES_SHOWN=6 spawn logits 120 $bin/logits_test
   LINES_SHOWN=5 spawn pipeline 120 $bin/pipeline_test
   LINES_SHOWN=8 spawn accurate 120 $bin/accurate_test
   LINES_SHOWN=3 spawn attention 120 $bin/attention_test
@@ -59,7 +60,7 @@ if step sanitizer; then
   for tool in memcheck racecheck initcheck synccheck; do
     options=(--tool $tool --error-exitcode 1)
     [[ $tool == racecheck ]] && options+=("${races[@]}")
-    for test in router pipeline accurate attention; do
+    for test in router logits pipeline accurate attention; do
       LINES_SHOWN=1 spawn "${tool}_$test" 200 compute-sanitizer "${options[@]}" $bin/${test}_test small
     done
     LINES_SHOWN=1 spawn "${tool}_attention_sm80" 200 compute-sanitizer "${options[@]}" $bin/attention_test small sm80
@@ -81,6 +82,7 @@ if step time; then
   LINES_SHOWN=40 run time_attention 120 $bin/attention_test time
   LINES_SHOWN=10 run time_attention_sm80 120 $bin/attention_test time sm80 32K
   LINES_SHOWN=12 run time_boundaries 60 $bin/router_test time
+  LINES_SHOWN=4 run time_logits 60 $bin/logits_test time
   LINES_SHOWN=12 run time_pipeline 120 $bin/pipeline_test time
   LINES_SHOWN=20 run time_accurate 120 $bin/accurate_test time
 fi

@@ -97,14 +97,15 @@ struct Packed {
 
 struct Network {
   Packed qkv, out, fc1;  // out: of all heads, one after the other, each [head_pad][out]
-  float *qkv_bias, *out_mean, *out_bias, *gate, *norm_weight, *norm_bias, *fc1_bias, *fc2;
+  double* out_mean;
+  float *qkv_bias, *out_bias, *gate, *norm_weight, *norm_bias, *fc1_bias, *fc2;
 
   Network(Arena& arena, const Shape& n)
       : qkv(arena, n.width, n.qkv),
         out(arena, n.heads * n.head_pad, n.out),
         fc1(arena, n.features, n.hidden),
+        out_mean(arena.take<double>(n.width)),
         qkv_bias(arena.take<float>(n.qkv)),
-        out_mean(arena.take<float>(n.width)),
         out_bias(arena.take<float>(n.out)),
         gate(arena.take<float>(n.out)),
         norm_weight(arena.take<float>(n.width)),
@@ -169,7 +170,7 @@ void fill_network(const BoundaryLogits& p, const Shape& n, const Network& net, i
       for (int64_t k = 0; k < count; ++k) sum[k] += out[c * n.width + first + k];
     }
     for (int64_t k = 0; k < count; ++k) {
-      net.out_mean[first + k] = static_cast<float>(sum[k] / static_cast<double>(n.width));
+      net.out_mean[first + k] = sum[k] / static_cast<double>(n.width);
     }
   });
   const int64_t qkv_panels = n.width > 0 ? n.qkv / panel : 0, out_panels = n.out / panel;
@@ -185,7 +186,7 @@ void fill_network(const BoundaryLogits& p, const Shape& n, const Network& net, i
       const int64_t head = item / out_panels;
       return net.out_of_head(n, head).fill(item % out_panels * panel, panel, [&](int64_t c, int64_t e) {
         const int64_t k = head * n.head_dim + e;
-        return c < n.width && e < n.head_dim ? out[c * n.width + k] - net.out_mean[k] : 0.0f;
+        return c < n.width && e < n.head_dim ? static_cast<float>(out[c * n.width + k] - net.out_mean[k]) : 0.0f;
       });
     }
     item -= n.heads * out_panels;

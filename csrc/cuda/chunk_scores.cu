@@ -8,6 +8,7 @@
 
 #include "cuda/device/chunks.h"
 #include "cuda/device/cp_async.h"
+#include "cuda/device/tf32.h"
 #include "cuda/dispatch.h"
 #include "cuda/launch.h"
 #include "cuda/router.h"
@@ -46,25 +47,6 @@ __device__ inline void copy_tile(float (*to)[kStride], const float* src, int row
   }
 }
 
-__device__ inline uint32_t to_tf32(float x) {
-  uint32_t y;
-  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(y) : "f"(x));
-  return y;
-}
-
-__device__ inline void split(float x, uint32_t& hi, uint32_t& lo) {
-  hi = to_tf32(x);
-  lo = to_tf32(x - __uint_as_float(hi));
-}
-
-__device__ inline void mma(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, "
-      "%3};"
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
-}
-
 // One step of 32 channels. Lane = 4 * group + member; a fragment's rows are group and group + 8, its columns member and
 // member + 4.
 __device__ inline void multiply(const float (*q)[kStride], const float (*k)[kStride], float (&acc)[2][4][4]) {
@@ -86,9 +68,9 @@ __device__ inline void multiply(const float (*q)[kStride], const float (*k)[kStr
       for (int i = 0; i < 2; ++i) split(k[n * 8 + group][column + member + i * 4], b_hi[i], b_lo[i]);
 #pragma unroll
       for (int m = 0; m < 2; ++m) {
-        mma(acc[m][n], a_lo[m], b_hi);
-        mma(acc[m][n], a_hi[m], b_lo);
-        mma(acc[m][n], a_hi[m], b_hi);
+        mma_tf32(acc[m][n], a_lo[m], b_hi);
+        mma_tf32(acc[m][n], a_hi[m], b_lo);
+        mma_tf32(acc[m][n], a_hi[m], b_hi);
       }
     }
   }

@@ -10,6 +10,7 @@ namespace dhsa::cuda {
 
 // Bytes of device memory that the stage needs beside its tensors, 256-byte aligned; a function of shapes alone.
 int64_t workspace_bytes(const BoundaryScores&);
+int64_t workspace_bytes(const BoundaryLogits&);
 int64_t workspace_bytes(const SelectBoundaries&);
 int64_t workspace_bytes(const ChunkPool&);
 int64_t workspace_bytes(const QueryPool&);
@@ -23,6 +24,7 @@ int64_t workspace_bytes(const SparsePrefill&);
 int64_t workspace_bytes(const SparseDecode&);
 
 cudaError_t run(const BoundaryScores&, void* workspace, cudaStream_t);
+cudaError_t run(const BoundaryLogits&, void* workspace, cudaStream_t);
 cudaError_t run(const SelectBoundaries&, void* workspace, cudaStream_t);
 cudaError_t run(const ChunkPool&, void* workspace, cudaStream_t);
 cudaError_t run(const QueryPool&, void* workspace, cudaStream_t);

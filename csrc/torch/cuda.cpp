@@ -100,6 +100,7 @@ using CudaOps = Ops<Cuda>;
 
 STABLE_TORCH_LIBRARY_IMPL(dhsa, CUDA, m) {
   m.impl("boundary_scores", TORCH_BOX(&CudaOps::boundary_scores));
+  m.impl("boundary_logits", TORCH_BOX(&CudaOps::boundary_logits));
   m.impl("select_boundaries", TORCH_BOX(&CudaOps::select_boundaries));
   m.impl("chunk_pool", TORCH_BOX(&CudaOps::chunk_pool));
   m.impl("query_pool", TORCH_BOX(&CudaOps::query_pool));

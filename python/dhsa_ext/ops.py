@@ -51,7 +51,6 @@ SCHEMAS = (
     "float softcap=0.0, int? window=None) -> (Tensor out, Tensor lse)",
 )
 OPS = tuple(schema.split("(")[0] for schema in SCHEMAS)
-NOT_NATIVE = {"CUDA": ("boundary_logits",)}
 
 for _schema in SCHEMAS:
     library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -232,8 +231,6 @@ def _register_kernels() -> None:
             continue
         if not backend.has_cuda:
             library.impl(op, _refused_on_cuda(op), "CUDA")
-        elif op in NOT_NATIVE["CUDA"]:
-            library.impl(op, _on_reference(op, "it has no CUDA kernel yet"), "CUDA")
 
 
 _register_kernels()

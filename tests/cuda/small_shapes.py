@@ -28,6 +28,12 @@ def main() -> None:
             offsets, num_chunks = ops.select_boundaries(scores, 20)
             for got, want in zip((offsets, num_chunks), reference.select_boundaries(scores.cpu(), 20), strict=True):
                 assert torch.equal(got.cpu(), want)
+            width = kv_heads * head_dim
+            shapes = [(3 * width, width), (3 * width,), (width, width), (width,), (width,), (width,), (1, width), (1,)]
+            shapes += [(256, 4 * width + 1), (256,), (1, 256), (1,)]
+            weights = [torch.randn(shape) * 0.1 for shape in shapes]
+            logits = ops.boundary_logits(gk, *(w.cuda() for w in weights), 8)
+            close(logits[:, 4:-3], reference.boundary_logits(k, *weights, 8)[:, 4:-3], 1e-4)
             options = dict(q_block=q_block, select_heads=select_heads, sink=8, local=16, softcap=20.0, dense_tail=20)
             shared = dict(offsets=offsets, num_chunks=num_chunks)
             got, lse = dhsa_ext.sparse_prefill(gq, gk, gv, 160, return_lse=True, **options, **shared)
