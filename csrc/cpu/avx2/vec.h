@@ -15,6 +15,7 @@ namespace dhsa::cpu::DHSA_ISA {
 
 constexpr int64_t kLanes = 8;
 constexpr int64_t kPanel = 16;
+constexpr int kUnroll = 1;
 
 using Vec = __m256;
 

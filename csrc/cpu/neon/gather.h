@@ -133,9 +133,11 @@ inline void dot_block(const float* q, const T* const* keys, int64_t head_dim, fl
 }
 
 template <class T>
-inline const T* row_at(const T* x, int64_t row_stride, int64_t index) {  // one multiply-add
-  return reinterpret_cast<const T*>(reinterpret_cast<const char*>(x) +
-                                    index * (row_stride * static_cast<int64_t>(sizeof(T))));
+inline const T* row_at(const T* x, int64_t row_stride, int64_t index) {
+  const T* row = reinterpret_cast<const T*>(
+      reinterpret_cast<const char*>(x) + index * (row_stride * static_cast<int64_t>(sizeof(T))));  // one multiply-add
+  asm("" : "+r"(row));  // pairs of loads know no sum of registers: the address is to be in one
+  return row;
 }
 
 template <int kRows, int kKeys, class T>

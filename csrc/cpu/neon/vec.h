@@ -16,6 +16,7 @@ namespace dhsa::cpu::DHSA_ISA {
 
 constexpr int64_t kLanes = 4;
 constexpr int64_t kPanel = 8;
+constexpr int kUnroll = 4;  // vectors of a row at once: pairs of loads and stores, and a quarter of the loop's own work
 
 using Vec = float32x4_t;
 

@@ -13,6 +13,7 @@ namespace dhsa::cpu::scalar {
 
 constexpr int64_t kLanes = 4;
 constexpr int64_t kPanel = 8;
+constexpr int kUnroll = 1;
 
 struct Vec {
   float lane[kLanes];

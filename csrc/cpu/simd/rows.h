@@ -20,7 +20,14 @@ void store_row(const float* x, float scale, int64_t head_dim, void* out) {
 
 inline void scale_row(float* x, int64_t n, float factor) {
   const Vec f = set1(factor);
-  for (int64_t d = 0; d < n; d += kLanes) store(x + d, mul(load(x + d), f));
+  constexpr int kVectors = 8 / kLanes;  // of the eight that divide every n
+  for (int64_t d = 0; d < n; d += 8) {
+    Vec y[kVectors];
+#pragma GCC unroll 8
+    for (int u = 0; u < kVectors; ++u) y[u] = mul(load(x + d + u * kLanes), f);
+#pragma GCC unroll 8
+    for (int u = 0; u < kVectors; ++u) store(x + d + u * kLanes, y[u]);
+  }
 }
 
 }  // namespace dhsa::cpu::DHSA_ISA

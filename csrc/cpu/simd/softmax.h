@@ -17,16 +17,24 @@ inline void mask_row(float* s, const int32_t* position, int64_t n, int32_t low, 
 
 inline float softmax_row(float* s, int64_t n, float* row_max, float* row_sum) {
   Vec peak = load(s);
-  for (int64_t j = kLanes; j < n; j += kLanes) peak = max(peak, load(s + j));
+  for (int64_t j = 0; j < n; j += kUnroll * kLanes) {
+#pragma GCC unroll 4
+    for (int u = 0; u < kUnroll; ++u) peak = max(peak, load(s + j + u * kLanes));
+  }
   const float tile_max = reduce_max(peak);
   const float old_max = *row_max;
   const float new_max = tile_max > old_max ? tile_max : old_max;
   const float shift = new_max == -kInfinity ? 0.0f : new_max;  // a row without a key yet: exp(-inf - 0) = 0
   Vec sum = zero();
-  for (int64_t j = 0; j < n; j += kLanes) {
-    const Vec p = exp_nonpositive(sub(load(s + j), set1(shift)));
-    store(s + j, p);
-    sum = add(sum, p);
+  for (int64_t j = 0; j < n; j += kUnroll * kLanes) {
+    Vec p[kUnroll];
+#pragma GCC unroll 4
+    for (int u = 0; u < kUnroll; ++u) p[u] = exp_nonpositive(sub(load(s + j + u * kLanes), set1(shift)));
+#pragma GCC unroll 4
+    for (int u = 0; u < kUnroll; ++u) {
+      store(s + j + u * kLanes, p[u]);
+      sum = add(sum, p[u]);
+    }
   }
   const float shrink = old_max == new_max ? 1.0f : first_lane(exp_nonpositive(set1(old_max - shift)));
   *row_max = new_max;
