@@ -95,6 +95,37 @@ void boundary_scores(benchmark::State& state, DType dtype, int64_t kv_heads) {
   time_stage(state, dhsa::BoundaryScores{k.tensor, 4, scores.tensor}, 0, k.bytes + scores.bytes);
 }
 
+// A predictor with 8 heads and window 4, weights of a size that keeps its activations near 1.
+void boundary_logits(benchmark::State& state, DType dtype, int64_t kv_heads) {
+  constexpr int64_t kPredictorHeads = 8, kWindow = 4, kHidden = 256;
+  const int64_t width = kv_heads * kHeadDim, features = 4 * width + 1;
+  const Array k(dtype, {1, kv_heads, kLength, kHeadDim}), logits(DType::kFloat32, {1, kLength}, false);
+  const auto weights = [](std::initializer_list<int64_t> shape) {
+    Array array(DType::kFloat32, shape);
+    const float size = 1.0f / std::sqrt(static_cast<float>(*(shape.end() - 1)));
+    for (int64_t i = 0; i < array.bytes / 4; ++i) array.tensor.as<float>()[i] *= size;
+    return array;
+  };
+  const Array in = weights({3 * width, width}), in_bias = weights({3 * width});
+  const Array out = weights({width, width}), out_bias = weights({width});
+  const Array norm = weights({width}), norm_bias = weights({width}), gate = weights({1, width}),
+              gate_bias = weights({1});
+  const Array fc1 = weights({kHidden, features}), fc1_bias = weights({kHidden});
+  const Array fc2 = weights({1, kHidden}), fc2_bias = weights({1});
+  dhsa::BoundaryLogits p;
+  p.k = k.tensor;
+  p.in_proj_weight = in.tensor, p.in_proj_bias = in_bias.tensor;
+  p.out_proj_weight = out.tensor, p.out_proj_bias = out_bias.tensor;
+  p.norm_weight = norm.tensor, p.norm_bias = norm_bias.tensor;
+  p.gate_weight = gate.tensor, p.gate_bias = gate_bias.tensor;
+  p.fc1_weight = fc1.tensor, p.fc1_bias = fc1_bias.tensor, p.fc2_weight = fc2.tensor, p.fc2_bias = fc2_bias.tensor;
+  p.num_heads = kPredictorHeads;
+  p.window = kWindow;
+  p.logits = logits.tensor;
+  const double products = 4.0 * width * width + 4.0 * kWindow * kWindow * kPredictorHeads * width + features * kHidden;
+  time_stage(state, p, 2.0 * kLength * products, 0);
+}
+
 void select_boundaries(benchmark::State& state) {
   const Array scores(DType::kFloat32, {1, kLength}), offsets(DType::kInt32, {1, kChunks + 1}, false);
   const Array num_chunks(DType::kInt32, {1}, false);
@@ -304,6 +335,10 @@ void register_all() {
     }
   };
   each("boundary_scores", boundary_scores);
+  for (const int64_t kv_heads : {kHeads, int64_t{2}}) {  // nearly all of the work is past the keys' conversion
+    add("boundary_logits/float32/kv_heads:" + std::to_string(kv_heads),
+        [=](benchmark::State& state) { boundary_logits(state, DType::kFloat32, kv_heads); });
+  }
   add("select_boundaries", select_boundaries);
   each("chunk_pool", chunk_pool);
   each("query_pool", query_pool);
