@@ -188,6 +188,13 @@ TEST(BoundaryLogits, nan_stays_in_its_windows) {
   for (int64_t t = 3; t <= 37; ++t) EXPECT_EQ(std::isnan(p.logits.at({0, t})), t > 17 && t <= 23) << t;
 }
 
+TEST(BoundaryLogits, workspace_does_not_grow_with_the_sequence) {
+  BoundaryLogits p = Predictor(keys(DType::kFloat32, {1, 1, 300, 8}), 8, 4).call();
+  const int64_t bytes = cpu::workspace_bytes(p, 2);
+  p.k.shape[2] = int64_t{1} << 30;
+  EXPECT_EQ(cpu::workspace_bytes(p, 2), bytes);
+}
+
 TEST(BoundaryLogits, any_number_of_workers_gives_the_same_bits) {
   Predictor p(keys(DType::kBFloat16, {2, 1, 600, 16}), 8, 4);
   run_stage(p.call(), 1);

@@ -267,6 +267,18 @@ void test_graph_replays_with_new_keys() {
   }
 }
 
+void test_workspace_is_of_one_slab() {
+  const Input k(1, 2, 1, 64, DType::kBFloat16, Layout::kTokensFirst);
+  Array<float> logits(1, 1);
+  const Predictor predictor(128, 8, 4, true, DType::kFloat32);
+  BoundaryLogits stage = predictor.stage(k.view, logits.view);
+  stage.k.shape[2] = 1 << 17;
+  const int64_t bytes = cuda::workspace_bytes(stage);
+  expect(bytes < 144 << 20, "workspace of 128K tokens: " + std::to_string(bytes >> 20) + " MiB");
+  stage.k.shape[2] = 1 << 22;
+  expect(cuda::workspace_bytes(stage) == bytes, "workspace does not grow with the sequence");
+}
+
 void time_widths() {
   constexpr int64_t kLong = 131072;
   for (const auto& [kv_heads, dim] : {std::pair<int64_t, int64_t>{1, 256}, {4, 128}, {8, 128}}) {
@@ -297,5 +309,6 @@ int main(int argc, char** argv) {
                     {"wide and long", test_wide_and_long},
                     {"large keys and offsets", test_large_keys_and_offsets},
                     {"NaN keys", test_nan_stays_in_its_windows},
-                    {"graph", test_graph_replays_with_new_keys}});
+                    {"graph", test_graph_replays_with_new_keys},
+                    {"workspace", test_workspace_is_of_one_slab}});
 }
