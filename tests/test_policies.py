@@ -193,6 +193,14 @@ def test_coverage_stops_at_the_cap_and_estimates_from_few_candidates():
         policies.coverage(q, k, small(), share=0)
 
 
+def test_accurate_takes_refine_from_its_argument_else_its_config_else_the_preset():
+    q, k, _ = inputs(11, q_len=400)
+    runs = {given: policies.accurate(q, k, small(), refine=given)[0] for given in (1, 4)}
+    assert not torch.equal(runs[1], runs[4])
+    assert torch.equal(policies.accurate(q, k, small(refine=1))[0], runs[1])
+    assert torch.equal(policies.accurate(q, k, small(refine=0))[0], runs[4])
+
+
 def test_given_chunks_replace_the_training_free_ones():
     q, k, _ = inputs(12)
     config, chunks = small(), policies.fixed_chunks(k, 6)

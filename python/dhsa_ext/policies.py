@@ -23,7 +23,7 @@ from torch import Tensor
 
 from . import ops, reference
 from .backend import backend
-from .config import DHSAConfig
+from .config import PRESETS, DHSAConfig
 from .selection import choose_keys, cut_chunks
 
 Policy: TypeAlias = Callable[..., "tuple[Tensor, Tensor]"]
@@ -99,9 +99,13 @@ def paper(
 
 def accurate(
     q: Tensor, k: Tensor, config: DHSAConfig, scale: float | None = None, softcap: float = 0.0,
-    chunks: Chunks | None = None, refine: int = 4,
+    chunks: Chunks | None = None, refine: int = 0,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Chunks by the attention mass they would get, then `refine` times the budget's tokens one by one."""
+    """Chunks by the attention mass they would get, then `refine` times the budget's tokens one by one.
+
+    refine 0 is the config's own, and where that has none, as in the paper preset, the accurate preset's.
+    """
+    refine = refine or config.refine or PRESETS["accurate"]["refine"]
     config = replace(config, score="mass", pool="mean", refine=refine)
     chosen = choose_keys(q, k, config, scale=scale, softcap=softcap, chunks=chunks)
     return chosen.runs, chosen.num_runs
