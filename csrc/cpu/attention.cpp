@@ -13,26 +13,38 @@ namespace {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
+using Four = int32_t __attribute__((vector_size(16)));
+
 // Walks the keys of a list that lie in [low, high), whatever the list holds.
 class KeyCursor {
  public:
-  KeyCursor(RunList list, int64_t low, int64_t high) : list_(list), low_(low), high_(high) {}
+  KeyCursor(RunList list, int64_t low, int64_t high)
+      : next_(list.runs),
+        end_of_list_(list.runs + 2 * list.count),
+        low_(static_cast<int32_t>(low)),
+        high_(static_cast<int32_t>(high)) {}
 
-  int64_t next(int32_t* index, int64_t capacity) {  // returns how many keys it wrote; 0 at the end
+  // Returns how many keys it wrote, 0 at the end. Whole fours are written: capacity is a multiple of four, or index has
+  // room for the next one.
+  __attribute__((noinline)) int64_t next(int32_t* index, int64_t capacity) {
+    KeyCursor cursor = *this;  // in registers, since index could be a part of *this
     int64_t n = 0;
-    while (n < capacity && advance()) {
-      const int64_t count = std::min(capacity - n, end_ - key_);
-      for (int64_t i = 0; i < count; ++i) index[n + i] = static_cast<int32_t>(key_ + i);
-      key_ += count;
+    while (n < capacity && cursor.advance()) {
+      const int64_t count = std::min<int64_t>(capacity - n, cursor.end_ - cursor.key_);
+      Four four = Four{0, 1, 2, 3} + cursor.key_;
+      for (int32_t *to = index + n, *end = to + count; to < end; to += 4, four += 4)
+        std::memcpy(to, &four, sizeof four);
+      cursor.key_ += static_cast<int32_t>(count);
       n += count;
     }
+    *this = cursor;
     return n;
   }
 
   void skip(int64_t count) {
     while (count > 0 && advance()) {
-      const int64_t step = std::min(count, end_ - key_);
-      key_ += step;
+      const int64_t step = std::min<int64_t>(count, end_ - key_);
+      key_ += static_cast<int32_t>(step);
       count -= step;
     }
   }
@@ -40,16 +52,16 @@ class KeyCursor {
  private:
   bool advance() {  // to a run with keys left
     while (key_ >= end_) {
-      if (run_ == list_.count) return false;
-      key_ = std::max<int64_t>(list_.runs[2 * run_], low_);
-      end_ = std::min<int64_t>(list_.runs[2 * run_ + 1], high_);
-      ++run_;
+      if (next_ == end_of_list_) return false;
+      key_ = std::max(next_[0], low_);
+      end_ = std::min(next_[1], high_);
+      next_ += 2;
     }
     return true;
   }
 
-  RunList list_;
-  int64_t low_, high_, run_ = 0, key_ = 0, end_ = 0;
+  const int32_t *next_, *end_of_list_;
+  int32_t low_, high_, key_ = 0, end_ = 0;
 };
 
 // The keys that some query at positions [p0, p1] sees.
@@ -168,25 +180,33 @@ void attend_rows(const AttentionArgs& args, const Rows& rows, RunList runs, cons
 void attend_query(const AttentionArgs& args, const Rows& rows, KeyCursor keys, int64_t count, float* row_max,
                   float* row_sum, float* acc, const AttentionScratch& scratch) {
   const Kernels& kernels = *args.kernels;
-  load_queries(args, rows, scratch);
+  const char *k = args.k.at(rows.b, rows.kv_head, 0), *v = args.v.at(rows.b, rows.kv_head, 0);
+  const auto dot_stored_rows = kernels.dot_stored_rows[args.k.dtype];
+  dot_stored_rows ? copy_queries(args, rows, scratch) : load_queries(args, rows, scratch);
   std::fill_n(acc, rows.heads * args.head_dim, 0.0f);
   std::fill_n(row_max, rows.heads, -kInfinity);
   std::fill_n(row_sum, rows.heads, 0.0f);
-  while (const int64_t n = keys.next(scratch.index, std::min(kBlockN, count))) {
+  const int64_t step = std::min(kQueryKeys, kMaxRows / rows.heads * kBlockN);
+  while (const int64_t n = keys.next(scratch.index, std::min(step, count))) {
     const int64_t padded = round_up(n, kMaxPanel);
     count -= n;
-    kernels.dot_rows[args.k.dtype](scratch.q, rows.heads, args.k.at(rows.b, rows.kv_head, 0), args.k.row, scratch.index,
-                                   n, args.head_dim, scratch.probs, kBlockN);
+    if (dot_stored_rows) {
+      dot_stored_rows(scratch.q, rows.heads, k, args.k.row, scratch.index, n, args.head_dim, scratch.probs, step);
+    } else {
+      kernels.dot_rows[args.k.dtype](scratch.q, rows.heads, k, args.k.row, scratch.index, n, args.head_dim,
+                                     scratch.probs, step);
+    }
     for (int64_t h = 0; h < rows.heads; ++h) {
-      float* s = scratch.probs + h * kBlockN;
+      float* s = scratch.probs + h * step;
       std::fill(s + n, s + padded, 0.0f);
+      if (dot_stored_rows) kernels.scale_row(s, padded, args.softmax.scale);
       if (args.softmax.softcap > 0.0f) kernels.softcap_row(s, padded, args.softmax.softcap);
       std::fill(s + n, s + padded, -kInfinity);
       const float shrink = kernels.softmax_row(s, padded, row_max + h, row_sum + h);
       if (shrink != 1.0f) kernels.scale_row(acc + h * args.head_dim, args.head_dim, shrink);
     }
-    kernels.add_weighted_rows[args.v.dtype](scratch.probs, kBlockN, rows.heads, args.v.at(rows.b, rows.kv_head, 0),
-                                            args.v.row, scratch.index, n, args.head_dim, acc);
+    kernels.add_weighted_rows[args.v.dtype](scratch.probs, step, rows.heads, v, args.v.row, scratch.index, n,
+                                            args.head_dim, acc);
   }
 }
 

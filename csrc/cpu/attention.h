@@ -16,7 +16,8 @@
 
 namespace dhsa::cpu {
 
-constexpr int64_t kMaxRows = 256;  // repacking for the next 256 rows costs about 2 % of their products
+constexpr int64_t kQueryKeys = 256;  // keys of a single query at once, of at most kMaxRows * kBlockN scores
+constexpr int64_t kMaxRows = 256;    // repacking for the next 256 rows costs about 2 % of their products
 
 struct AttentionArgs {
   const Kernels* kernels;
@@ -54,7 +55,7 @@ struct RunList {
 struct AttentionScratch {
   float *q, *acc, *probs, *k_panels, *v_panels;  // [kMaxRows][D], [kMaxRows][Dp], [kMaxRows][kBlockN], [D][kBlockN], ..
   float *row_max, *row_sum;                      // [kMaxRows]
-  int32_t* index;                                // [kBlockN] keys of the tile
+  int32_t* index;                                // [kQueryKeys] keys of the tile
   int32_t* seen_index;                           // [kBlockN] those that one row sees
   float* seen_probs;                             // [kBlockN]
 
@@ -67,7 +68,7 @@ struct AttentionScratch {
     v_panels = arena.take<float>(kBlockN * padded_dim);
     row_max = arena.take<float>(kMaxRows);
     row_sum = arena.take<float>(kMaxRows);
-    index = arena.take<int32_t>(kBlockN);
+    index = arena.take<int32_t>(kQueryKeys + 4);
     seen_index = arena.take<int32_t>(kBlockN);
     seen_probs = arena.take<float>(kBlockN);
   }

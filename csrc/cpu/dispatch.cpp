@@ -32,10 +32,16 @@ bool machine_has_avx512() {  // the machine and its system: the compiler's runti
 bool machine_has_avx512bf16() { return machine_has_avx512() && __builtin_cpu_supports("avx512bf16"); }
 #endif
 
-#if defined(DHSA_HAVE_NEONBF16)
-constexpr unsigned long kHwcap2Bf16 = 1ul << 14;  // HWCAP2_BF16, which older C libraries do not name
+#if defined(DHSA_HAVE_NEONFHM)
+constexpr unsigned long kHwcapFhm = 1ul << 23;  // HWCAP_ASIMDFHM, which older C libraries do not name
 
-bool machine_has_neonbf16() { return (getauxval(AT_HWCAP2) & kHwcap2Bf16) != 0; }
+bool machine_has_neonfhm() { return (getauxval(AT_HWCAP) & kHwcapFhm) != 0; }
+#endif
+
+#if defined(DHSA_HAVE_NEONBF16)
+constexpr unsigned long kHwcap2Bf16 = 1ul << 14;  // HWCAP2_BF16
+
+bool machine_has_neonbf16() { return machine_has_neonfhm() && (getauxval(AT_HWCAP2) & kHwcap2Bf16) != 0; }
 #endif
 
 struct Isa {
@@ -57,6 +63,9 @@ const Isa kIsas[] = {
 #endif
 #if defined(DHSA_HAVE_NEON)
     {&kNeonKernels, always},  // part of the armv8-a baseline
+#endif
+#if defined(DHSA_HAVE_NEONFHM)
+    {&kNeonfhmKernels, machine_has_neonfhm},
 #endif
 #if defined(DHSA_HAVE_NEONBF16)
     {&kNeonbf16Kernels, machine_has_neonbf16},

@@ -58,7 +58,8 @@ struct Kernels {
   // scores[m][0..n) = q[m] . k[index[n]] in place, without packing: for a few rows. q is [m][head_dim].
   void (*dot_rows[3])(const float* q, int64_t m, const void* k, int64_t row_stride, const int32_t* index, int64_t n,
                       int64_t head_dim, float* scores, int64_t lds);
-  // out[m] += sum over n of p[m][n] * v[index[n]]. out is [m][head_dim].
+  // out[m] += sum over n of p[m][n] * v[index[n]]. out is [m][head_dim]. p is finite; beside half types it is in [0, 1]
+  // and may be rounded to one.
   void (*add_weighted_rows[3])(const float* p, int64_t ldp, int64_t m, const void* v, int64_t row_stride,
                                const int32_t* index, int64_t n, int64_t head_dim, float* out);
 
@@ -88,6 +89,10 @@ struct Kernels {
   void (*round_row)(const float* x, int64_t n, void* out) = nullptr;
   void (*gemm_pairs)(int64_t m, int64_t k, const void* a, int64_t lda, const void* b, int64_t n, float* c, int64_t ldc,
                      bool accumulate) = nullptr;
+
+  // dot_rows with q of the keys' own half type, [m][head_dim], null in an ISA without products of that type.
+  void (*dot_stored_rows[3])(const void* q, int64_t m, const void* k, int64_t row_stride, const int32_t* index,
+                             int64_t n, int64_t head_dim, float* scores, int64_t lds) = {};
 };
 
 extern const Kernels kScalarKernels;
@@ -102,6 +107,9 @@ extern const Kernels kAvx512bf16Kernels;
 #endif
 #if defined(DHSA_HAVE_NEON)
 extern const Kernels kNeonKernels;
+#endif
+#if defined(DHSA_HAVE_NEONFHM)
+extern const Kernels kNeonfhmKernels;
 #endif
 #if defined(DHSA_HAVE_NEONBF16)
 extern const Kernels kNeonbf16Kernels;

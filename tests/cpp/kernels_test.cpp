@@ -219,6 +219,92 @@ TEST(Kernels, pair_products_of_packed_keys_and_values) {
   }
 }
 
+// Exact where products and sums are small integers: every count of rows and of keys around the blocks that kernels work
+// in, with an index and without, q as float32 and, where the ISA has it, as stored.
+TEST(Kernels, rows_in_place) {
+  const Kernels& kernels = active_kernels();
+  for (int dtype = 0; dtype < 3; ++dtype) {
+    for (const int64_t head_dim : {int64_t{8}, int64_t{24}, int64_t{40}, int64_t{72}, int64_t{136}, cpu::kMaxDepth}) {
+      const int64_t length = 90, stride = head_dim + 8;
+      Array x(static_cast<DType>(dtype), {1, 1, length, stride});
+      for (int64_t r = 0; r < length; ++r) {
+        for (int64_t d = 0; d < stride; ++d) x.put({0, 0, r, d}, draw(-4, 4));
+      }
+      for (const int64_t n : {0, 1, 7, 8, 9, 16, 63, 64, 75}) {
+        const int64_t m = draw(1, 9), lds = n + 3;
+        const Guard<int32_t> index(n);
+        for (int64_t j = 0; j < n; ++j)
+          index.data()[j] =
+              static_cast<int32_t>(j > 0 && draw(0, 2) > 0 ? (index.data()[j - 1] + 1) % length : draw(0, length - 1));
+        Array q(static_cast<DType>(dtype), {1, 1, m, head_dim});
+        const Guard<float> floats(m * head_dim), p(m * lds), scores(m * lds), out(m * head_dim);
+        for (int64_t i = 0; i < m * head_dim; ++i) {
+          q.put({0, 0, i / head_dim, i % head_dim}, floats.data()[i] = static_cast<float>(draw(-4, 4)));
+        }
+        for (int64_t i = 0; i < m * lds; ++i) p.data()[i] = static_cast<float>(draw(0, 16)) / 16;
+        const auto check_scores = [&](bool indexed) {
+          for (int64_t r = 0; r < m; ++r) {
+            for (int64_t j = 0; j < n; ++j) {
+              double want = 0.0;
+              for (int64_t d = 0; d < head_dim; ++d)
+                want += floats.data()[r * head_dim + d] * x.at({0, 0, indexed ? index.data()[j] : j, d});
+              EXPECT_EQ(scores.data()[r * lds + j], want)
+                  << dtype << ", " << head_dim << ", " << n << ", " << r << ", " << j;
+            }
+            for (int64_t j = n; j < lds; ++j) EXPECT_EQ(scores.data()[r * lds + j], 9.0f);
+          }
+        };
+        for (const int32_t* keys : {static_cast<const int32_t*>(index.data()), static_cast<const int32_t*>(nullptr)}) {
+          std::fill_n(scores.data(), m * lds, 9.0f);
+          kernels.dot_rows[dtype](floats.data(), m, x.tensor.data, stride, keys, n, head_dim, scores.data(), lds);
+          check_scores(keys != nullptr);
+        }
+        if (kernels.dot_stored_rows[dtype] != nullptr) {
+          std::fill_n(scores.data(), m * lds, 9.0f);
+          kernels.dot_stored_rows[dtype](q.tensor.data, m, x.tensor.data, stride, index.data(), n, head_dim,
+                                         scores.data(), lds);
+          check_scores(true);
+        }
+        std::fill_n(out.data(), m * head_dim, 5.0f);
+        kernels.add_weighted_rows[dtype](p.data(), lds, m, x.tensor.data, stride, index.data(), n, head_dim,
+                                         out.data());
+        for (int64_t r = 0; r < m; ++r) {
+          for (int64_t d = 0; d < head_dim; ++d) {
+            double want = 5.0;
+            for (int64_t j = 0; j < n; ++j) want += p.data()[r * lds + j] * x.at({0, 0, index.data()[j], d});
+            EXPECT_EQ(out.data()[r * head_dim + d], want)
+                << dtype << ", " << head_dim << ", " << n << ", " << r << ", " << d;
+          }
+        }
+      }
+    }
+  }
+}
+
+// Small probabilities are not lost where an ISA rounds them: 2^-20 of the largest is far below what a half holds.
+TEST(Kernels, small_weights_of_half_types) {
+  const Kernels& kernels = active_kernels();
+  for (const int dtype : {kHalf, kBFloat}) {
+    const Array v = Array(static_cast<DType>(dtype), {1, 1, 64, 128}).fill_normal();
+    const Guard<int32_t> index(64);
+    const Guard<float> p(64), out(128);
+    for (int j = 0; j < 64; ++j) {
+      index.data()[j] = j;
+      p.data()[j] = static_cast<float>(std::exp2(-20 - draw(0, 4)) * 1.37);
+    }
+    std::fill_n(out.data(), 128, 0.0f);
+    kernels.add_weighted_rows[dtype](p.data(), 64, 1, v.tensor.data, 128, index.data(), 64, 128, out.data());
+    for (int64_t d = 0; d < 128; ++d) {
+      double want = 0.0, size = 0.0;
+      for (int64_t j = 0; j < 64; ++j) {
+        want += p.data()[j] * v.at({0, 0, j, d});
+        size += p.data()[j] * std::fabs(v.at({0, 0, j, d}));
+      }
+      EXPECT_NEAR(out.data()[d], want, size / (dtype == kHalf ? 2048 : 256));
+    }
+  }
+}
+
 TEST(Kernels, pack_values_tells_of_values_that_are_no_number) {
   const Kernels& kernels = active_kernels();
   for (int dtype = 0; dtype < 3; ++dtype) {

@@ -45,7 +45,8 @@ inline Vec add(Vec a, Vec b) { return _mm256_add_ps(a, b); }
 inline Vec sub(Vec a, Vec b) { return _mm256_sub_ps(a, b); }
 inline Vec mul(Vec a, Vec b) { return _mm256_mul_ps(a, b); }
 inline Vec div(Vec a, Vec b) { return _mm256_div_ps(a, b); }
-inline Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }  // a * b + c
+inline Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }          // a * b + c
+inline Vec add_ln2_times(Vec a, Vec n) { return fma(n, set1(0.693147181f), a); }  // a + ln 2 * n, rounded once
 inline Vec max(Vec a, Vec b) { return _mm256_max_ps(a, b); }
 inline Vec abs(Vec a) { return _mm256_andnot_ps(set1(-0.0f), a); }
 inline Vec copy_sign(Vec magnitude, Vec sign) {
@@ -65,8 +66,11 @@ inline Vec keep_in_range(Vec a, const int32_t* position, int32_t low, int32_t hi
   return _mm256_blendv_ps(set1(-__builtin_inff()), a, _mm256_castsi256_ps(_mm256_andnot_si256(past, above)));
 }
 inline Vec round(Vec a) { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
-inline Vec scale_by_power_of_2(Vec a, Vec n) {  // adds n, integral, to a's exponent
-  return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(a), _mm256_slli_epi32(_mm256_cvtps_epi32(n), 23)));
+// a in [1/2, 2) over 2^n, n integral and not negative: a's exponent less n; 0 where n > 126.
+inline Vec divide_by_power_of_2(Vec a, Vec n) {
+  const __m256i exponent = _mm256_slli_epi32(_mm256_cvtps_epi32(n), 23);
+  const Vec scaled = _mm256_castsi256_ps(_mm256_sub_epi32(_mm256_castps_si256(a), exponent));
+  return select_less(set1(126.0f), n, zero(), scaled);
 }
 inline float first_lane(Vec a) { return _mm256_cvtss_f32(a); }
 inline float reduce_add(Vec a) {

@@ -1,72 +1,50 @@
 // Rows of a list of keys on NEON: packing of values, and products of a few rows in place. Blocks are sized so that
-// every accumulator stays in a register while a block of keys is read once: loads of keys in pairs, none of a sum.
+// every accumulator stays in a register while a block of keys is read once, four registers a load where it can be.
 #pragma once
+
+#include <type_traits>
 
 namespace dhsa::cpu::DHSA_ISA {
 
-// kSteps times eight elements, each eight as two vectors. All of the memory is read first: neighbours are read in
-// pairs.
-struct Two {
-  Vec low, high;
-};
-template <int kSteps>
-inline void load_steps(const float* p, Two (&x)[kSteps]) {
-#pragma GCC unroll 8
-  for (int w = 0; w < kSteps; ++w) x[w] = {load(p + 8 * w), load(p + 8 * w + 4)};
-}
-template <int kSteps>
-inline void load_steps(const Half* p, Two (&x)[kSteps]) {
-  float16x8_t raw[kSteps];
-#pragma GCC unroll 8
-  for (int w = 0; w < kSteps; ++w)
-    raw[w] = vreinterpretq_f16_u16(vld1q_u16(reinterpret_cast<const uint16_t*>(p) + 8 * w));
-#pragma GCC unroll 8
-  for (int w = 0; w < kSteps; ++w) x[w] = {vcvt_f32_f16(vget_low_f16(raw[w])), vcvt_high_f32_f16(raw[w])};
-}
-template <int kSteps>
-inline void load_steps(const BFloat16* p, Two (&x)[kSteps]) {
-  uint16x8_t raw[kSteps];
-#pragma GCC unroll 8
-  for (int w = 0; w < kSteps; ++w) raw[w] = vld1q_u16(reinterpret_cast<const uint16_t*>(p) + 8 * w);
-#pragma GCC unroll 8
-  for (int w = 0; w < kSteps; ++w) {
-    x[w] = {vreinterpretq_f32_u32(vshll_n_u16(vget_low_u16(raw[w]), 16)),
-            vreinterpretq_f32_u32(vshll_high_n_u16(raw[w], 16))};
-  }
-}
-
 // A number that a lambda's constants are made of.
 template <int kValue>
-struct Width {
+struct Constant {
   static constexpr int value = kValue;
 };
 
-// Memory reads ahead along a run by itself; where the next keys are no continuation, their rows are asked for here.
+// Memory reads ahead along a run by itself; where one of the eight keys is no continuation, its row is asked for.
 template <class T>
-inline void prefetch_jump(const T* x, int64_t row_stride, const int32_t* index, int64_t count, int64_t head_dim) {
-  if (index[count - 1] - index[-1] == count) return;
-  for (int64_t i = 0; i < count; ++i) {
+__attribute__((noinline)) void prefetch_jumps(const T* x, int64_t row_stride, const int32_t* index, int64_t head_dim) {
+  for (int64_t i = 0; i < 8; ++i) {
+    if (index[i] - index[i - 1] == 1) continue;
     const char* row = reinterpret_cast<const char*>(x + index[i] * row_stride);
     for (int64_t byte = 0; byte < head_dim * static_cast<int64_t>(sizeof(T)); byte += 64) {
       __builtin_prefetch(row + byte);
     }
   }
 }
+inline bool jumps(const int32_t* index) { return index[7] - index[-1] != 8; }
 
 template <class T>
 bool pack_values(const void* v, int64_t row_stride, const int32_t* index, int64_t n, int64_t n_padded, int64_t head_dim,
                  float* panels) {
   Vec poison = zero();  // x * 0 is 0 for every finite x and NaN for the rest
+  const auto copy = [&](Two x, float* out) {
+    poison = fma(x.high, zero(), fma(x.low, zero(), poison));
+    store(out, x.low);
+    store(out + 4, x.high);
+  };
+  const int64_t panel = n_padded * kPanel;
   for (int64_t r = 0; r < n; ++r) {
     const T* row = static_cast<const T*>(v) + index[r] * row_stride;
     float* out = panels + r * kPanel;
-    for (int64_t d = 0; d < head_dim; d += kPanel, out += n_padded * kPanel) {
-      Two x[1];
-      load_steps(row + d, x);
-      poison = fma(x[0].high, zero(), fma(x[0].low, zero(), poison));
-      store(out, x[0].low);
-      store(out + 4, x[0].high);
+    int64_t d = 0;
+    for (; d + 2 * kPanel <= head_dim; d += 2 * kPanel, out += 2 * panel) {
+      const Two x = load_eight(row + d), y = load_eight(row + d + kPanel);
+      copy(x, out);
+      copy(y, out + panel);
     }
+    if (d < head_dim) copy(load_eight(row + d), out);
   }
   for (int64_t d = 0; d < head_dim && n < n_padded; d += kPanel) {
     __builtin_memset(panels + d * n_padded + n * kPanel, 0, (n_padded - n) * kPanel * sizeof(float));
@@ -74,48 +52,48 @@ bool pack_values(const void* v, int64_t row_stride, const int32_t* index, int64_
   return reduce_add(poison) == 0.0f;
 }
 
-// scores[r][0..kKeys) = q[r] . keys. Every product is one chain over each lane and then (s0 + s1) + (s2 + s3), so that
-// it does not depend on the block that it lies in.
-template <int kRows, int kKeys, class T>
-inline void dot_block(const float* q, const T* const* keys, int64_t head_dim, float* scores, int64_t lds) {
-  constexpr int kWidth = kRows == 1 ? 16 : 8;  // elements at once: pairs of loads from half types
+// scores[r][0..kKeys) = q[r] . keys. Every product is one chain over each lane and then (s0 + s1) + (s2 + s3), as in
+// dot_eight: it does not depend on the block that it lies in.
+template <int kRows, int kKeys, class Q, class T>
+inline void dot_block(const Q* q, const T* const* keys, int64_t head_dim, float* scores, int64_t lds) {
+  constexpr int kPerRegister = kElements<T> / kElements<Q>;  // registers of q to one of a key
+  constexpr int kCount = 2 / kPerRegister;                   // registers of a key at once
+  constexpr int kWidth = kCount * kElements<T>;
   const T* at[kKeys];
   Vec sum[kRows][kKeys];
-#pragma GCC unroll 8
+#pragma GCC unroll 4
   for (int i = 0; i < kKeys; ++i) {
     at[i] = keys[i];
 #pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r) sum[r][i] = zero();
   }
-  const auto step = [&](int64_t d, auto width) {
-    constexpr int kSteps = decltype(width)::value / 8;
-    Two x[kRows][kSteps];
+  const auto step = [&](int64_t offset, auto count) {
+    constexpr int kRegisters = decltype(count)::value;
+    Register<Q> x[kRows][kRegisters * kPerRegister];
 #pragma GCC unroll 4
-    for (int r = 0; r < kRows; ++r) {
-      load_steps(q + r * head_dim, x[r]);
-    }
-#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) load_registers<kRegisters * kPerRegister>(q + r * head_dim, x[r]);
+    q += kRegisters * kElements<T>;
+#pragma GCC unroll 4
     for (int i = 0; i < kKeys; ++i) {
-      Two y[kSteps];
-      load_steps(at[i] + d, y);
+      Register<T> y[kRegisters];
+      load_registers<kRegisters>(at[i] + offset, y);
 #pragma GCC unroll 2
-      for (int w = 0; w < kSteps; ++w) {
+      for (int w = 0; w < kRegisters; ++w) {
 #pragma GCC unroll 4
-        for (int r = 0; r < kRows; ++r) sum[r][i] = fma(x[r][w].high, y[w].high, fma(x[r][w].low, y[w].low, sum[r][i]));
+        for (int r = 0; r < kRows; ++r) sum[r][i] = add_products(sum[r][i], x[r] + w * kPerRegister, y[w]);
       }
     }
-    q += 8 * kSteps;
   };
   int64_t left = head_dim;
-  for (; left >= 4 * kWidth; left -= 4 * kWidth) {
+  for (; left >= 32; left -= 32) {
 #pragma GCC unroll 4
-    for (int w = 0; w < 4; ++w) step(w * kWidth, Width<kWidth>{});
-#pragma GCC unroll 8
-    for (int i = 0; i < kKeys; ++i) at[i] += 4 * kWidth;
+    for (int w = 0; w < 32; w += kWidth) step(w, Constant<kCount>{});
+#pragma GCC unroll 4
+    for (int i = 0; i < kKeys; ++i) at[i] += 32;
   }
   for (; left > 0; left -= 8) {
-    step(0, Width<8>{});
-#pragma GCC unroll 8
+    step(0, Constant<8 / kElements<T>>{});
+#pragma GCC unroll 4
     for (int i = 0; i < kKeys; ++i) at[i] += 8;
   }
 #pragma GCC unroll 4
@@ -123,131 +101,187 @@ inline void dot_block(const float* q, const T* const* keys, int64_t head_dim, fl
     if constexpr (kKeys == 1) {
       scores[r * lds] = reduce_add(sum[r][0]);
     } else {
-#pragma GCC unroll 2
-      for (int i = 0; i < kKeys; i += 4) {
-        store(scores + r * lds + i,
-              vpaddq_f32(vpaddq_f32(sum[r][i], sum[r][i + 1]), vpaddq_f32(sum[r][i + 2], sum[r][i + 3])));
-      }
+      store(scores + r * lds, vpaddq_f32(vpaddq_f32(sum[r][0], sum[r][1]), vpaddq_f32(sum[r][2], sum[r][3])));
     }
   }
 }
 
+// Rows of a tensor by their indices, at one multiply-add each.
 template <class T>
-inline const T* row_at(const T* x, int64_t row_stride, int64_t index) {
-  const T* row = reinterpret_cast<const T*>(
-      reinterpret_cast<const char*>(x) + index * (row_stride * static_cast<int64_t>(sizeof(T))));  // one multiply-add
-  asm("" : "+r"(row));  // pairs of loads know no sum of registers: the address is to be in one
-  return row;
-}
+class RowTable {
+ public:
+  RowTable(const T* x, int64_t row_stride)
+      : x_(reinterpret_cast<const char*>(x)), row_bytes_(row_stride * static_cast<int64_t>(sizeof(T))) {
+    asm("" : "+r"(row_bytes_));  // else a shift is taken out of it, and the multiply-add becomes two instructions
+  }
 
-template <int kRows, int kKeys, class T>
-inline void dot_keys(const float* q, const T* k, int64_t row_stride, const int32_t* index, int64_t j, int64_t head_dim,
-                     float* scores, int64_t lds) {
-  const T* keys[kKeys];
-  for (int i = 0; i < kKeys; ++i) keys[i] = row_at(k, row_stride, index ? index[j + i] : j + i);
-  dot_block<kRows, kKeys>(q, keys, head_dim, scores + j, lds);
-}
+  const T* operator[](int32_t index) const {
+    // Unsigned, since loads of pairs extend by zeros.
+    const T* row = reinterpret_cast<const T*>(x_ + static_cast<int64_t>(static_cast<uint32_t>(index)) * row_bytes_);
+    asm("" : "+r"(row));  // pairs of loads know no sum of registers: the address is to be in one
+    return row;
+  }
+  int64_t row_bytes() const { return row_bytes_; }
 
-// Blocks of keys outside, so that the heads of a group share a block's rows in the first-level cache.
-template <int kKeys, class T>
-inline int64_t dot_all_rows(const float* q, int64_t m, const T* k, int64_t row_stride, const int32_t* index, int64_t j,
-                            int64_t n, int64_t head_dim, float* scores, int64_t lds) {
+ private:
+  const char* x_;
+  int64_t row_bytes_;
+};
+
+// Keys [j, n) of kRows rows, kKeys at a time; returns where it stopped. A function of its own, so that its loop keeps
+// every address in a register.
+template <int kRows, int kKeys, class Q, class T>
+__attribute__((noinline)) int64_t dot_keys(const Q* q, const T* k, int64_t row_stride, const int32_t* index, int64_t j,
+                                           int64_t n, int64_t head_dim, float* scores, int64_t lds) {
+  const RowTable<T> rows(k, row_stride);
   for (; j + kKeys <= n; j += kKeys) {
-    if (index && j > 0 && j + 2 * kKeys <= n) prefetch_jump(k, row_stride, index + j + kKeys, kKeys, head_dim);
-    int64_t r = 0;
-    for (; r + 4 <= m; r += 4) {
-      for (int half = 0; half < kKeys; half += kKeys < 4 ? kKeys : 4) {
-        dot_keys<4, (kKeys < 4 ? kKeys : 4)>(q + r * head_dim, k, row_stride, index, j + half, head_dim,
-                                             scores + r * lds, lds);
-      }
+    const T* keys[kKeys];
+    if (index != nullptr) {
+#pragma GCC unroll 8
+      for (int i = 0; i < kKeys; ++i) keys[i] = rows[index[j + i]];
+    } else {
+#pragma GCC unroll 8
+      for (int i = 0; i < kKeys; ++i) keys[i] = rows[static_cast<int32_t>(j + i)];
     }
-    for (; r < m; ++r) dot_keys<1, kKeys>(q + r * head_dim, k, row_stride, index, j, head_dim, scores + r * lds, lds);
+    if constexpr (kRows == 1 && kKeys == 8) {
+      dot_eight(q, keys[0], keys[1], keys[2], keys[3], keys[4], keys[5], keys[6], keys[7], head_dim, scores + j);
+    } else {
+      dot_block<kRows, kKeys>(q, keys, head_dim, scores + j, lds);
+    }
   }
   return j;
+}
+
+// Strips of keys outside, so that the heads of a group share a strip's rows in the first-level cache.
+template <class Q, class T>
+inline void dot_rows_of(const Q* q, int64_t m, const T* k, int64_t row_stride, const int32_t* index, int64_t n,
+                        int64_t head_dim, float* scores, int64_t lds) {
+  constexpr int64_t kStrip = 64;
+  for (int64_t first = 0; first < n; first += kStrip) {
+    const int64_t last = first + kStrip < n ? first + kStrip : n;
+    for (int64_t i = last; index && i + 8 <= n && i < last + kStrip; i += 8) {
+      if (jumps(index + i)) prefetch_jumps(k, row_stride, index + i, head_dim);
+    }
+    int64_t r = 0;
+    for (; r + 4 <= m; r += 4) {
+      const int64_t j =
+          dot_keys<4, 4>(q + r * head_dim, k, row_stride, index, first, last, head_dim, scores + r * lds, lds);
+      dot_keys<4, 1>(q + r * head_dim, k, row_stride, index, j, last, head_dim, scores + r * lds, lds);
+    }
+    for (; r < m; ++r) {
+      const int64_t j =
+          dot_keys<1, 8>(q + r * head_dim, k, row_stride, index, first, last, head_dim, scores + r * lds, lds);
+      dot_keys<1, 1>(q + r * head_dim, k, row_stride, index, j, last, head_dim, scores + r * lds, lds);
+    }
+  }
 }
 
 template <class T>
 void dot_rows(const float* q, int64_t m, const void* k, int64_t row_stride, const int32_t* index, int64_t n,
               int64_t head_dim, float* scores, int64_t lds) {
-  const T* keys = static_cast<const T*>(k);
-  const int64_t j = dot_all_rows<8>(q, m, keys, row_stride, index, 0, n, head_dim, scores, lds);
-  dot_all_rows<1>(q, m, keys, row_stride, index, j, n, head_dim, scores, lds);
+  dot_rows_of(q, m, static_cast<const T*>(k), row_stride, index, n, head_dim, scores, lds);
 }
 
-// out[r][0..8 * kSteps) += p[r] . v: the sums of kRows rows stay in registers over all keys.
-template <int kRows, int kSteps, class T>
-inline void add_weighted_columns(const float* p, int64_t ldp, const T* v, int64_t row_stride, const int32_t* index,
-                                 int64_t n, float* out, int64_t head_dim) {
-  Two sum[kRows][kSteps];
+// What p is given in, and its inverse: float32 as it is, a half type in units of the ISA's own.
+constexpr float kOne[2] = {1.0f, 1.0f};
+
+// out[r][0..kColumns) += p[r] . v: the sums of kRows rows stay in registers over all keys, times units[0]. Lanes of p
+// are read from a register: four keys of float32, eight of a half type.
+template <int kRows, int kColumns, class W, class T>
+inline void add_weighted_columns(const W* p, int64_t ldp, const RowTable<T>& rows, int64_t d, const int32_t* index,
+                                 int64_t n, const float* units, float* out, int64_t head_dim) {
+  constexpr int kRegisters = kColumns / kElements<T>, kVectors = kElements<T> / 4;
+  constexpr bool kScaled = !std::is_same_v<W, float>;
+  out += d;
+  Vec sum[kRows][kColumns / 4];
 #pragma GCC unroll 4
   for (int r = 0; r < kRows; ++r) {
-    load_steps(out + r * head_dim, sum[r]);
-  }
-  const auto add_key = [&](const T* row, const Vec* weights, auto lane) {
-    constexpr int kAtOnce = kSteps < 2 ? 1 : 2;
-#pragma GCC unroll 8
-    for (int first = 0; first < kSteps; first += kAtOnce) {
-      Two x[kAtOnce];
-      load_steps(row + 8 * first, x);
-#pragma GCC unroll 2
-      for (int w = 0; w < kAtOnce; ++w) {
 #pragma GCC unroll 4
-        for (int r = 0; r < kRows; ++r) {
-          Two& s = sum[r][first + w];
-          s.low = vfmaq_laneq_f32(s.low, x[w].low, weights[r], decltype(lane)::value);
-          s.high = vfmaq_laneq_f32(s.high, x[w].high, weights[r], decltype(lane)::value);
-        }
-      }
+    for (int c = 0; c < kColumns / 4; ++c) {
+      sum[r][c] = load(out + r * head_dim + 4 * c);
+      if (kScaled) sum[r][c] = mul(sum[r][c], set1(units[0]));
+    }
+  }
+  const auto add_key = [&](int32_t key, const Register<W>* weights, auto lane) {
+    Register<T> x[kRegisters];
+    load_registers<kRegisters>(rows[key] + d, x);
+#pragma GCC unroll 4
+    for (int i = 0; i < kRegisters; ++i) {
+#pragma GCC unroll 4
+      for (int r = 0; r < kRows; ++r) add_scaled<decltype(lane)::value>(&sum[r][i * kVectors], weights[r], x[i]);
     }
   };
-  Vec weights[kRows];
+  Register<W> weights[kRows];
   int64_t j = 0;
-  for (; j + 4 <= n; j += 4) {
+  for (; j + kElements<W> <= n; j += kElements<W>) {
 #pragma GCC unroll 4
-    for (int r = 0; r < kRows; ++r) weights[r] = load(p + r * ldp + j);
-    add_key(row_at(v, row_stride, index[j]), weights, Width<0>{});
-    add_key(row_at(v, row_stride, index[j + 1]), weights, Width<1>{});
-    add_key(row_at(v, row_stride, index[j + 2]), weights, Width<2>{});
-    add_key(row_at(v, row_stride, index[j + 3]), weights, Width<3>{});
+    for (int r = 0; r < kRows; ++r) weights[r] = load_register(p + r * ldp + j);
+    add_key(index[j], weights, Constant<0>{});
+    add_key(index[j + 1], weights, Constant<1>{});
+    add_key(index[j + 2], weights, Constant<2>{});
+    add_key(index[j + 3], weights, Constant<3>{});
+    if constexpr (kElements<W> == 8) {
+      add_key(index[j + 4], weights, Constant<4>{});
+      add_key(index[j + 5], weights, Constant<5>{});
+      add_key(index[j + 6], weights, Constant<6>{});
+      add_key(index[j + 7], weights, Constant<7>{});
+    }
   }
   for (; j < n; ++j) {
 #pragma GCC unroll 4
-    for (int r = 0; r < kRows; ++r) weights[r] = set1(p[r * ldp + j]);
-    add_key(row_at(v, row_stride, index[j]), weights, Width<0>{});
+    for (int r = 0; r < kRows; ++r) weights[r] = set_register(p[r * ldp + j]);
+    add_key(index[j], weights, Constant<0>{});
   }
 #pragma GCC unroll 4
   for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 8
-    for (int w = 0; w < kSteps; ++w) {
-      store(out + r * head_dim + 8 * w, sum[r][w].low);
-      store(out + r * head_dim + 8 * w + 4, sum[r][w].high);
+#pragma GCC unroll 4
+    for (int c = 0; c < kColumns / 4; ++c) {
+      store(out + r * head_dim + 4 * c, kScaled ? mul(sum[r][c], set1(units[1])) : sum[r][c]);
     }
   }
 }
 
-template <int kRows, class T>
-inline void add_weighted_all_columns(const float* p, int64_t ldp, const T* v, int64_t row_stride, const int32_t* index,
-                                     int64_t n, float* out, int64_t head_dim) {
-  constexpr int kSteps = 8 / kRows;  // 16 accumulators
+template <class W, class T>
+__attribute__((noinline)) void add_weighted_four(const W* p, int64_t ldp, const RowTable<T>& rows, const int32_t* index,
+                                                 int64_t n, const float* units, float* out, int64_t head_dim) {
   int64_t d = 0;
-  for (; d + 8 * kSteps <= head_dim; d += 8 * kSteps) {
-    add_weighted_columns<kRows, kSteps>(p, ldp, v + d, row_stride, index, n, out + d, head_dim);
+  for (; d + 16 <= head_dim; d += 16) add_weighted_columns<4, 16>(p, ldp, rows, d, index, n, units, out, head_dim);
+  if (d < head_dim) add_weighted_columns<4, 8>(p, ldp, rows, d, index, n, units, out, head_dim);
+}
+
+// One row: 64 columns at a time and eights of keys, then what is left of either.
+template <class W, class T>
+__attribute__((noinline)) void add_weighted_one(const W* p, const RowTable<T>& rows, const int32_t* index, int64_t n,
+                                                const float* units, float* out, int64_t head_dim) {
+  const int64_t eights = n / 8 * 8;
+  int64_t d = 0;
+  for (; eights > 0 && d + 64 <= head_dim; d += 64) {
+    add_64_columns(p, rows[0] + d, rows.row_bytes(), index, eights, units, out + d);
   }
-  for (; d < head_dim; d += 8) add_weighted_columns<kRows, 1>(p, ldp, v + d, row_stride, index, n, out + d, head_dim);
+  for (int64_t c = d; c < head_dim; c += 8) {
+    add_weighted_columns<1, 8>(p, 0, rows, c, index, eights, units, out, head_dim);
+  }
+  for (int64_t c = 0; eights < n && c < head_dim; c += 8) {
+    add_weighted_columns<1, 8>(p + eights, 0, rows, c, index + eights, n - eights, units, out, head_dim);
+  }
+}
+
+template <class W, class T>
+inline void add_weighted_rows_of(const W* p, int64_t ldp, int64_t m, const T* v, int64_t row_stride,
+                                 const int32_t* index, int64_t n, const float* units, int64_t head_dim, float* out) {
+  for (int64_t j = 8; j + 8 <= n; j += 8) {
+    if (jumps(index + j)) prefetch_jumps(v, row_stride, index + j, head_dim);
+  }
+  const RowTable<T> rows(v, row_stride);
+  int64_t r = 0;
+  for (; r + 4 <= m; r += 4) add_weighted_four(p + r * ldp, ldp, rows, index, n, units, out + r * head_dim, head_dim);
+  for (; r < m; ++r) add_weighted_one(p + r * ldp, rows, index, n, units, out + r * head_dim, head_dim);
 }
 
 template <class T>
 void add_weighted_rows(const float* p, int64_t ldp, int64_t m, const void* v, int64_t row_stride, const int32_t* index,
                        int64_t n, int64_t head_dim, float* out) {
-  const T* values = static_cast<const T*>(v);
-  for (int64_t j = 8; j + 8 <= n; j += 8) prefetch_jump(values, row_stride, index + j, 8, head_dim);
-  int64_t r = 0;
-  for (; r + 4 <= m; r += 4) {
-    add_weighted_all_columns<4>(p + r * ldp, ldp, values, row_stride, index, n, out + r * head_dim, head_dim);
-  }
-  for (; r < m; ++r) {
-    add_weighted_all_columns<1>(p + r * ldp, ldp, values, row_stride, index, n, out + r * head_dim, head_dim);
-  }
+  add_weighted_rows_of(p, ldp, m, static_cast<const T*>(v), row_stride, index, n, kOne, head_dim, out);
 }
 
 }  // namespace dhsa::cpu::DHSA_ISA

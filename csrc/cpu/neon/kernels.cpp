@@ -5,6 +5,8 @@
 //
 #include "cpu/neon/tiles.h"
 //
+#include "cpu/neon/registers.h"
+//
 #include "cpu/neon/gather.h"
 //
 #include "cpu/simd/math.h"

@@ -42,7 +42,8 @@ inline Vec add(Vec a, Vec b) { return vaddq_f32(a, b); }
 inline Vec sub(Vec a, Vec b) { return vsubq_f32(a, b); }
 inline Vec mul(Vec a, Vec b) { return vmulq_f32(a, b); }
 inline Vec div(Vec a, Vec b) { return vdivq_f32(a, b); }
-inline Vec fma(Vec a, Vec b, Vec c) { return vfmaq_f32(c, a, b); }  // a * b + c
+inline Vec fma(Vec a, Vec b, Vec c) { return vfmaq_f32(c, a, b); }                // a * b + c
+inline Vec add_ln2_times(Vec a, Vec n) { return fma(n, set1(0.693147181f), a); }  // a + ln 2 * n, rounded once
 inline Vec max(Vec a, Vec b) { return vmaxq_f32(a, b); }
 inline Vec abs(Vec a) { return vabsq_f32(a); }
 inline Vec copy_sign(Vec magnitude, Vec sign) { return vbslq_f32(vdupq_n_u32(0x80000000u), sign, magnitude); }
@@ -58,9 +59,11 @@ inline Vec keep_in_range(Vec a, const int32_t* position, int32_t low, int32_t hi
   return vbslq_f32(inside, a, set1(-__builtin_inff()));
 }
 inline Vec round(Vec a) { return vrndnq_f32(a); }
-inline Vec scale_by_power_of_2(Vec a, Vec n) {  // adds n, integral, to a's exponent
-  const uint32x4_t exponent = vshlq_n_u32(vreinterpretq_u32_s32(vcvtq_s32_f32(n)), 23);
-  return vreinterpretq_f32_u32(vaddq_u32(vreinterpretq_u32_f32(a), exponent));
+// a in [1/2, 2) over 2^n, n integral and not negative: a's exponent less n. All of it saturates, infinity included, so
+// that what is too small becomes 0 without a comparison; n = NaN counts as 0.
+inline Vec divide_by_power_of_2(Vec a, Vec n) {
+  const uint32x4_t exponent = vqshlq_n_u32(vcvtq_u32_f32(n), 23);
+  return vreinterpretq_f32_u32(vqsubq_u32(vreinterpretq_u32_f32(a), exponent));
 }
 inline float first_lane(Vec a) { return vgetq_lane_f32(a, 0); }
 inline float reduce_add(Vec a) { return vaddvq_f32(a); }

@@ -57,6 +57,9 @@ inline Vec div(Vec a, Vec b) {
 inline Vec fma(Vec a, Vec b, Vec c) {  // a * b + c
   return lanewise([=](int i) { return a.lane[i] * b.lane[i] + c.lane[i]; });
 }
+inline Vec add_ln2_times(Vec a, Vec n) {  // a + ln 2 * n, rounded once
+  return lanewise([=](int i) { return static_cast<float>(a.lane[i] + 0.6931471805599453 * n.lane[i]); });
+}
 inline Vec max(Vec a, Vec b) {
   return lanewise([=](int i) { return a.lane[i] > b.lane[i] ? a.lane[i] : b.lane[i]; });
 }
@@ -79,10 +82,12 @@ inline Vec keep_in_range(Vec a, const int32_t* position, int32_t low, int32_t hi
 inline Vec round(Vec a) {
   return lanewise([=](int i) { return (a.lane[i] + 12582912.0f) - 12582912.0f; });
 }
-inline Vec scale_by_power_of_2(Vec a, Vec n) {  // n is integral; outside [-126, 127], or NaN, a comes back unscaled
+// a in [1/2, 2) over 2^n, n integral and not negative; 0 where n > 126, a where n is NaN.
+inline Vec divide_by_power_of_2(Vec a, Vec n) {
   return lanewise([=](int i) {
-    const float exponent = n.lane[i] >= -126.0f && n.lane[i] <= 127.0f ? n.lane[i] : 0.0f;
-    return a.lane[i] * float_from_bits(static_cast<uint32_t>(static_cast<int32_t>(exponent) + 127) << 23);
+    if (n.lane[i] > 126.0f) return 0.0f;
+    const int32_t exponent = n.lane[i] >= 0.0f ? static_cast<int32_t>(n.lane[i]) : 0;
+    return a.lane[i] * float_from_bits(static_cast<uint32_t>(127 - exponent) << 23);
   });
 }
 inline float first_lane(Vec a) { return a.lane[0]; }

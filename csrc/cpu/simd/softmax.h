@@ -18,8 +18,11 @@ inline void mask_row(float* s, const int32_t* position, int64_t n, int32_t low, 
 inline float softmax_row(float* s, int64_t n, float* row_max, float* row_sum) {
   Vec peak = load(s);
   for (int64_t j = 0; j < n; j += kUnroll * kLanes) {
+    Vec x[kUnroll];
 #pragma GCC unroll 4
-    for (int u = 0; u < kUnroll; ++u) peak = max(peak, load(s + j + u * kLanes));
+    for (int u = 0; u < kUnroll; ++u) x[u] = load(s + j + u * kLanes);
+#pragma GCC unroll 4
+    for (int u = 0; u < kUnroll; ++u) peak = max(peak, x[u]);
   }
   const float tile_max = reduce_max(peak);
   const float old_max = *row_max;
