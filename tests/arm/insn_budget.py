@@ -3,8 +3,8 @@
     python tests/arm/insn_budget.py [--record] [--filter sparse_attention] [--profile]
 
 Counts of instructions are not times: they know no latency, no cache and no second issue port. They are the same on
-every run, so that a regression of the ARM kernels shows on a machine without one. --record writes the file anew, only the
-rows of --filter if given; --profile prints which functions a case's instructions are in. Needs cmake, ninja,
+every run, so that a regression of the ARM kernels shows on a machine without one. --record writes the file anew (with
+--filter, those rows only); --profile prints which functions a case's instructions are in. Needs cmake, ninja,
 aarch64-linux-gnu-g++ and qemu-aarch64 (Debian: qemu-user; the static one loads no plugin).
 """
 
