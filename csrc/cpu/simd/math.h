@@ -5,8 +5,9 @@ namespace dhsa::cpu::DHSA_ISA {
 
 constexpr float kInfinity = __builtin_inff();
 
-// exp(x) for x <= 0 within 2 ulp, 4 below 1e-10; below -87.3, where that would be subnormal, less than the least normal number, and
-// 0 from -89 on; NaN stays NaN. The polynomial's own error, 3e-9, is far below a rounding: one term more gains nothing.
+// exp(x) for x <= 0 within 2 ulp, 4 below 1e-10; below -87.3, where that would be subnormal, less than the least normal
+// number, and 0 from -89 on; NaN stays NaN. The polynomial's own error, 3e-9, is far below a rounding: one term more
+// gains nothing.
 inline Vec exp_nonpositive(Vec x) {
   const Vec n = round(mul(x, set1(-1.44269504f)));
   const Vec r = add_ln2_times(x, n);
