@@ -24,20 +24,36 @@ class KeyCursor {
         low_(static_cast<int32_t>(low)),
         high_(static_cast<int32_t>(high)) {}
 
+  int64_t next(int32_t* index, int64_t capacity) {
+    return next(index, capacity, [](int32_t) {});
+  }
+
   // Returns how many keys it wrote, 0 at the end. Whole fours are written: capacity is a multiple of four, or index has
-  // room for the next one.
-  __attribute__((noinline)) int64_t next(int32_t* index, int64_t capacity) {
-    KeyCursor cursor = *this;  // in registers, since index could be a part of *this
+  // room for the next one. at_run is told the first key of each piece of a run.
+  template <class F>
+  __attribute__((noinline)) int64_t next(int32_t* index, int64_t capacity, const F& at_run) {
+    const int32_t* next_run = next_;  // copies, since index could be a part of *this
+    int32_t key = key_, last = end_;
     int64_t n = 0;
-    while (n < capacity && cursor.advance()) {
-      const int64_t count = std::min<int64_t>(capacity - n, cursor.end_ - cursor.key_);
-      Four four = Four{0, 1, 2, 3} + cursor.key_;
-      for (int32_t *to = index + n, *end = to + count; to < end; to += 4, four += 4)
-        std::memcpy(to, &four, sizeof four);
-      cursor.key_ += static_cast<int32_t>(count);
-      n += count;
+    while (true) {
+      if (key < last) {
+        const int64_t count = std::min<int64_t>(capacity - n, last - key);
+        at_run(key);
+        Four four = Four{0, 1, 2, 3} + key;
+        for (int32_t *to = index + n, *end = to + count; to < end; to += 4, four += 4) {
+          std::memcpy(to, &four, sizeof four);
+        }
+        key += static_cast<int32_t>(count);
+        n += count;
+      }
+      if (n >= capacity || next_run == end_of_list_) break;
+      key = std::max(next_run[0], low_);
+      last = std::min(next_run[1], high_);
+      next_run += 2;
     }
-    *this = cursor;
+    next_ = next_run;
+    key_ = key;
+    end_ = last;
     return n;
   }
 
@@ -187,7 +203,14 @@ void attend_query(const AttentionArgs& args, const Rows& rows, KeyCursor keys, i
   std::fill_n(row_max, rows.heads, -kInfinity);
   std::fill_n(row_sum, rows.heads, 0.0f);
   const int64_t step = std::min(kQueryKeys, kMaxRows / rows.heads * kBlockN);
-  while (const int64_t n = keys.next(scratch.index, std::min(step, count))) {
+  // A run's first lines are asked for while others are worked on; memory reads ahead along the run by itself.
+  const auto prefetch = [k, v, k_row = args.k.row_bytes, v_row = args.v.row_bytes](int32_t key) {
+    __builtin_prefetch(k + key * k_row);
+    __builtin_prefetch(k + key * k_row + 64);
+    __builtin_prefetch(v + key * v_row);
+    __builtin_prefetch(v + key * v_row + 64);
+  };
+  while (const int64_t n = keys.next(scratch.index, std::min(step, count), prefetch)) {
     const int64_t padded = round_up(n, kMaxPanel);
     count -= n;
     if (dot_stored_rows) {

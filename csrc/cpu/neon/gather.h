@@ -12,19 +12,6 @@ struct Constant {
   static constexpr int value = kValue;
 };
 
-// Memory reads ahead along a run by itself; where one of the eight keys is no continuation, its row is asked for.
-template <class T>
-__attribute__((noinline)) void prefetch_jumps(const T* x, int64_t row_stride, const int32_t* index, int64_t head_dim) {
-  for (int64_t i = 0; i < 8; ++i) {
-    if (index[i] - index[i - 1] == 1) continue;
-    const char* row = reinterpret_cast<const char*>(x + index[i] * row_stride);
-    for (int64_t byte = 0; byte < head_dim * static_cast<int64_t>(sizeof(T)); byte += 64) {
-      __builtin_prefetch(row + byte);
-    }
-  }
-}
-inline bool jumps(const int32_t* index) { return index[7] - index[-1] != 8; }
-
 template <class T>
 bool pack_values(const void* v, int64_t row_stride, const int32_t* index, int64_t n, int64_t n_padded, int64_t head_dim,
                  float* panels) {
@@ -53,7 +40,7 @@ bool pack_values(const void* v, int64_t row_stride, const int32_t* index, int64_
 }
 
 // scores[r][0..kKeys) = q[r] . keys. Every product is one chain over each lane and then (s0 + s1) + (s2 + s3), as in
-// dot_eight: it does not depend on the block that it lies in.
+// dot_eights: it does not depend on the block that it lies in.
 template <int kRows, int kKeys, class Q, class T>
 inline void dot_block(const Q* q, const T* const* keys, int64_t head_dim, float* scores, int64_t lds) {
   constexpr int kPerRegister = kElements<T> / kElements<Q>;  // registers of q to one of a key
@@ -128,28 +115,30 @@ class RowTable {
   int64_t row_bytes_;
 };
 
-// Keys [j, n) of kRows rows, kKeys at a time; returns where it stopped. A function of its own, so that its loop keeps
-// every address in a register.
-template <int kRows, int kKeys, class Q, class T>
-__attribute__((noinline)) int64_t dot_keys(const Q* q, const T* k, int64_t row_stride, const int32_t* index, int64_t j,
-                                           int64_t n, int64_t head_dim, float* scores, int64_t lds) {
-  const RowTable<T> rows(k, row_stride);
-  for (; j + kKeys <= n; j += kKeys) {
-    const T* keys[kKeys];
-    if (index != nullptr) {
-#pragma GCC unroll 8
-      for (int i = 0; i < kKeys; ++i) keys[i] = rows[index[j + i]];
-    } else {
-#pragma GCC unroll 8
-      for (int i = 0; i < kKeys; ++i) keys[i] = rows[static_cast<int32_t>(j + i)];
-    }
-    if constexpr (kRows == 1 && kKeys == 8) {
-      dot_eight(q, keys[0], keys[1], keys[2], keys[3], keys[4], keys[5], keys[6], keys[7], head_dim, scores + j);
-    } else {
-      dot_block<kRows, kKeys>(q, keys, head_dim, scores + j, lds);
-    }
+// Four rows, four keys at a time.
+template <class Q, class T>
+__attribute__((noinline)) void dot_four_rows(const Q* q, const RowTable<T>& rows, const int32_t* index, int64_t n,
+                                             int64_t head_dim, float* scores, int64_t lds) {
+  int64_t j = 0;
+  for (; j + 4 <= n; j += 4) {
+    const T* const keys[4] = {rows[index[j]], rows[index[j + 1]], rows[index[j + 2]], rows[index[j + 3]]};
+    dot_block<4, 4>(q, keys, head_dim, scores + j, lds);
   }
-  return j;
+  for (; j < n; ++j) {
+    const T* const key = rows[index[j]];
+    dot_block<4, 1>(q, &key, head_dim, scores + j, lds);
+  }
+}
+
+template <class Q, class T>
+__attribute__((noinline)) void dot_one_row(const Q* q, const RowTable<T>& rows, const int32_t* index, int64_t n,
+                                           int64_t head_dim, float* scores) {
+  int64_t j = n / 8 * 8;
+  if (j > 0) dot_eights(q, rows[0], rows.row_bytes(), index, j, head_dim, scores);
+  for (; j < n; ++j) {
+    const T* const key = rows[index[j]];
+    dot_block<1, 1>(q, &key, head_dim, scores + j, 0);
+  }
 }
 
 // Strips of keys outside, so that the heads of a group share a strip's rows in the first-level cache.
@@ -157,22 +146,16 @@ template <class Q, class T>
 inline void dot_rows_of(const Q* q, int64_t m, const T* k, int64_t row_stride, const int32_t* index, int64_t n,
                         int64_t head_dim, float* scores, int64_t lds) {
   constexpr int64_t kStrip = 64;
-  for (int64_t first = 0; first < n; first += kStrip) {
-    const int64_t last = first + kStrip < n ? first + kStrip : n;
-    for (int64_t i = last; index && i + 8 <= n && i < last + kStrip; i += 8) {
-      if (jumps(index + i)) prefetch_jumps(k, row_stride, index + i, head_dim);
-    }
+  const RowTable<T> rows(k, row_stride);
+  if (m == 1 && index != nullptr) return dot_one_row(q, rows, index, n, head_dim, scores);
+  for (int64_t first = 0; first < n; first += kStrip, scores += kStrip) {
+    const int64_t count = n - first < kStrip ? n - first : kStrip;
+    int32_t consecutive[kStrip];
+    for (int64_t i = 0; index == nullptr && i < count; ++i) consecutive[i] = static_cast<int32_t>(first + i);
+    const int32_t* keys = index != nullptr ? index + first : consecutive;
     int64_t r = 0;
-    for (; r + 4 <= m; r += 4) {
-      const int64_t j =
-          dot_keys<4, 4>(q + r * head_dim, k, row_stride, index, first, last, head_dim, scores + r * lds, lds);
-      dot_keys<4, 1>(q + r * head_dim, k, row_stride, index, j, last, head_dim, scores + r * lds, lds);
-    }
-    for (; r < m; ++r) {
-      const int64_t j =
-          dot_keys<1, 8>(q + r * head_dim, k, row_stride, index, first, last, head_dim, scores + r * lds, lds);
-      dot_keys<1, 1>(q + r * head_dim, k, row_stride, index, j, last, head_dim, scores + r * lds, lds);
-    }
+    for (; r + 4 <= m; r += 4) dot_four_rows(q + r * head_dim, rows, keys, count, head_dim, scores + r * lds, lds);
+    for (; r < m; ++r) dot_one_row(q + r * head_dim, rows, keys, count, head_dim, scores + r * lds);
   }
 }
 
@@ -269,9 +252,6 @@ __attribute__((noinline)) void add_weighted_one(const W* p, const RowTable<T>& r
 template <class W, class T>
 inline void add_weighted_rows_of(const W* p, int64_t ldp, int64_t m, const T* v, int64_t row_stride,
                                  const int32_t* index, int64_t n, const float* units, int64_t head_dim, float* out) {
-  for (int64_t j = 8; j + 8 <= n; j += 8) {
-    if (jumps(index + j)) prefetch_jumps(v, row_stride, index + j, head_dim);
-  }
   const RowTable<T> rows(v, row_stride);
   int64_t r = 0;
   for (; r + 4 <= m; r += 4) add_weighted_four(p + r * ldp, ldp, rows, index, n, units, out + r * head_dim, head_dim);

@@ -80,10 +80,11 @@ inline void add_scaled(Vec* sum, Vec w, R v) {
 }
 
 // clang-format off
-// dot_eight(q, keys, head_dim, scores): scores[i] = q . keys[i] of eight keys, each product one chain over each lane in
-// order of head_dim and then (s0 + s1) + (s2 + s3). In assembly, since compilers copy what a load of four registers
-// brought, and spill. Two keys at a time, so that their chains interleave: v0 to v7 hold keys, v8 to v15 q, v16 to v23
-// sums, v24 to v27 what is widened. Steps are of 32 elements, then of 8.
+// dot_eights(q, k, row_bytes, index, n, head_dim, scores): scores[i] = q . k[index[i]] for i of [0, n), n a multiple of 8
+// and not 0; each product is one chain over each lane in order of head_dim and then (s0 + s1) + (s2 + s3). In assembly,
+// since compilers copy what a load of four registers brought, and spill. Two of eight keys at a time, so that their
+// chains interleave: v0 to v7 hold keys, v8 to v15 q, v16 to v23 sums, v24 to v27 what is widened. Steps are of 32
+// elements, then of 8.
 #define DHSA_TWO_KEYS(PRODUCT, k0, k1, s0, s1)                                                      \
   "ld1 {v0.16b-v3.16b}, [%[" #k0 "]], #64\n\tld1 {v4.16b-v7.16b}, [%[" #k1 "]], #64\n\t"            \
   PRODUCT(s0, s1, 0, 4, 8, 9, 8) PRODUCT(s0, s1, 1, 5, 10, 11, 9)                                   \
@@ -96,36 +97,50 @@ inline void add_scaled(Vec* sum, Vec w, R v) {
 #define DHSA_EIGHT_KEYS(TWO_KEYS, PRODUCT)                                                          \
   TWO_KEYS(PRODUCT, k0, k1, 16, 17) TWO_KEYS(PRODUCT, k2, k3, 18, 19)                               \
   TWO_KEYS(PRODUCT, k4, k5, 20, 21) TWO_KEYS(PRODUCT, k6, k7, 22, 23)
-#define DHSA_LOAD_FOUR_OF_Q "ld1 {v8.16b-v11.16b}, [%[q]], #64\n\t"
-#define DHSA_LOAD_EIGHT_OF_Q DHSA_LOAD_FOUR_OF_Q "ld1 {v12.16b-v15.16b}, [%[q]], #64\n\t"
-#define DHSA_LOAD_TWO_OF_Q "ldp q8, q9, [%[q]], #32\n\t"
-#define DHSA_LOAD_ONE_OF_Q "ldr q8, [%[q]], #16\n\t"
-#define DHSA_DOT_EIGHT(Q, T, STEP, TAIL)                                                            \
-  inline void dot_eight(const Q* q, const T* k0, const T* k1, const T* k2, const T* k3, const T* k4, \
-                        const T* k5, const T* k6, const T* k7, int64_t head_dim, float* scores) {   \
-    int64_t steps = head_dim / 32, tails = head_dim % 32 / 8;                                       \
+#define DHSA_LOAD_FOUR_OF_Q "ld1 {v8.16b-v11.16b}, [%[at]], #64\n\t"
+#define DHSA_LOAD_EIGHT_OF_Q DHSA_LOAD_FOUR_OF_Q "ld1 {v12.16b-v15.16b}, [%[at]], #64\n\t"
+#define DHSA_LOAD_TWO_OF_Q "ldp q8, q9, [%[at]], #32\n\t"
+#define DHSA_LOAD_ONE_OF_Q "ldr q8, [%[at]], #16\n\t"
+#define DHSA_TWO_ADDRESSES(x, y)                                                                    \
+  "ldp %w[" #x "], %w[" #y "], [%[index]], #8\n\t"                                                  \
+  "madd %[" #x "], %[" #x "], %[bytes], %[k]\n\tmadd %[" #y "], %[" #y "], %[bytes], %[k]\n\t"
+#define DHSA_DOT_EIGHTS(Q, T, STEP, TAIL)                                                           \
+  inline void dot_eights(const Q* q, const T* k, int64_t row_bytes, const int32_t* index, int64_t n, \
+                         int64_t head_dim, float* scores) {                                         \
+    int64_t k0, k1, k2, k3, k4, k5, k6, k7, left;                                                   \
+    const Q* at;                                                                                    \
     asm volatile(                                                                                   \
+        "1:\n\t"                                                                                    \
+        DHSA_TWO_ADDRESSES(k0, k1) DHSA_TWO_ADDRESSES(k2, k3)                                       \
+        DHSA_TWO_ADDRESSES(k4, k5) DHSA_TWO_ADDRESSES(k6, k7)                                       \
         "movi v16.4s, #0\n\tmovi v17.4s, #0\n\tmovi v18.4s, #0\n\tmovi v19.4s, #0\n\t"              \
         "movi v20.4s, #0\n\tmovi v21.4s, #0\n\tmovi v22.4s, #0\n\tmovi v23.4s, #0\n\t"              \
-        "cbz %[steps], 2f\n"                                                                        \
-        "1:\n\t"                                                                                    \
-        STEP                                                                                        \
-        "subs %[steps], %[steps], #1\n\t"                                                           \
-        "b.ne 1b\n"                                                                                 \
+        "mov %[at], %[q]\n\t"                                                                       \
+        "mov %[left], %[steps]\n\t"                                                                 \
+        "cbz %[left], 3f\n"                                                                         \
         "2:\n\t"                                                                                    \
-        "cbz %[tails], 4f\n"                                                                        \
+        STEP                                                                                        \
+        "subs %[left], %[left], #1\n\t"                                                             \
+        "b.ne 2b\n"                                                                                 \
         "3:\n\t"                                                                                    \
-        TAIL                                                                                        \
-        "subs %[tails], %[tails], #1\n\t"                                                           \
-        "b.ne 3b\n"                                                                                 \
+        "cbz %[tails], 5f\n\t"                                                                      \
+        "mov %[left], %[tails]\n"                                                                   \
         "4:\n\t"                                                                                    \
+        TAIL                                                                                        \
+        "subs %[left], %[left], #1\n\t"                                                             \
+        "b.ne 4b\n"                                                                                 \
+        "5:\n\t"                                                                                    \
         "faddp v16.4s, v16.4s, v17.4s\n\tfaddp v18.4s, v18.4s, v19.4s\n\t"                          \
         "faddp v20.4s, v20.4s, v21.4s\n\tfaddp v22.4s, v22.4s, v23.4s\n\t"                          \
         "faddp v16.4s, v16.4s, v18.4s\n\tfaddp v20.4s, v20.4s, v22.4s\n\t"                          \
-        "stp q16, q20, [%[scores]]\n\t"                                                             \
-        : [k0] "+r"(k0), [k1] "+r"(k1), [k2] "+r"(k2), [k3] "+r"(k3), [k4] "+r"(k4), [k5] "+r"(k5), \
-          [k6] "+r"(k6), [k7] "+r"(k7), [q] "+r"(q), [steps] "+r"(steps), [tails] "+r"(tails)       \
-        : [scores] "r"(scores)                                                                      \
+        "stp q16, q20, [%[scores]], #32\n\t"                                                        \
+        "subs %[n], %[n], #8\n\t"                                                                   \
+        "b.ne 1b\n\t"                                                                               \
+        : [k0] "=&r"(k0), [k1] "=&r"(k1), [k2] "=&r"(k2), [k3] "=&r"(k3), [k4] "=&r"(k4),           \
+          [k5] "=&r"(k5), [k6] "=&r"(k6), [k7] "=&r"(k7), [left] "=&r"(left), [at] "=&r"(at),       \
+          [index] "+r"(index), [n] "+r"(n), [scores] "+r"(scores)                                   \
+        : [q] "r"(q), [k] "r"(k), [bytes] "r"(row_bytes), [steps] "r"(head_dim / 32),               \
+          [tails] "r"(head_dim % 32 / 8)                                                            \
         : "cc", "memory", "v0", "v1", "v2", "v3", "v4", "v5", "v6", "v7", "v8", "v9", "v10", "v11", \
           "v12", "v13", "v14", "v15", "v16", "v17", "v18", "v19", "v20", "v21", "v22", "v23",       \
           "v24", "v25", "v26", "v27");                                                              \
@@ -142,14 +157,14 @@ inline void add_scaled(Vec* sum, Vec w, R v) {
 #define DHSA_BFLOAT16_PRODUCT(s0, s1, k0, k1, low, high, same)                                      \
   DHSA_WIDE_PRODUCT("shll", "shll2", ", #16", s0, s1, k0, k1, low, high)
 
-DHSA_DOT_EIGHT(float, float,
-               DHSA_LOAD_FOUR_OF_Q DHSA_EIGHT_KEYS(DHSA_TWO_KEYS, DHSA_FLOAT_PRODUCT)
-               DHSA_LOAD_FOUR_OF_Q DHSA_EIGHT_KEYS(DHSA_TWO_KEYS, DHSA_FLOAT_PRODUCT),
-               DHSA_LOAD_TWO_OF_Q DHSA_EIGHT_KEYS(DHSA_TWO_LONG_TAILS, DHSA_FLOAT_PRODUCT))
-DHSA_DOT_EIGHT(float, Half, DHSA_LOAD_EIGHT_OF_Q DHSA_EIGHT_KEYS(DHSA_TWO_KEYS, DHSA_HALF_PRODUCT),
-               DHSA_LOAD_TWO_OF_Q DHSA_EIGHT_KEYS(DHSA_TWO_TAILS, DHSA_HALF_PRODUCT))
-DHSA_DOT_EIGHT(float, BFloat16, DHSA_LOAD_EIGHT_OF_Q DHSA_EIGHT_KEYS(DHSA_TWO_KEYS, DHSA_BFLOAT16_PRODUCT),
-               DHSA_LOAD_TWO_OF_Q DHSA_EIGHT_KEYS(DHSA_TWO_TAILS, DHSA_BFLOAT16_PRODUCT))
+DHSA_DOT_EIGHTS(float, float,
+                DHSA_LOAD_FOUR_OF_Q DHSA_EIGHT_KEYS(DHSA_TWO_KEYS, DHSA_FLOAT_PRODUCT)
+                DHSA_LOAD_FOUR_OF_Q DHSA_EIGHT_KEYS(DHSA_TWO_KEYS, DHSA_FLOAT_PRODUCT),
+                DHSA_LOAD_TWO_OF_Q DHSA_EIGHT_KEYS(DHSA_TWO_LONG_TAILS, DHSA_FLOAT_PRODUCT))
+DHSA_DOT_EIGHTS(float, Half, DHSA_LOAD_EIGHT_OF_Q DHSA_EIGHT_KEYS(DHSA_TWO_KEYS, DHSA_HALF_PRODUCT),
+                DHSA_LOAD_TWO_OF_Q DHSA_EIGHT_KEYS(DHSA_TWO_TAILS, DHSA_HALF_PRODUCT))
+DHSA_DOT_EIGHTS(float, BFloat16, DHSA_LOAD_EIGHT_OF_Q DHSA_EIGHT_KEYS(DHSA_TWO_KEYS, DHSA_BFLOAT16_PRODUCT),
+                DHSA_LOAD_TWO_OF_Q DHSA_EIGHT_KEYS(DHSA_TWO_TAILS, DHSA_BFLOAT16_PRODUCT))
 
 // add_64_columns(p, v, row_bytes, index, n, units, out): out[0..64) += p . v[index[0..n)], n a multiple of 8 and not 0.
 // The sums stay in v16 to v31 over all keys, times `units`, in which p is given; v0 to v7 hold a value row, v8 to v11

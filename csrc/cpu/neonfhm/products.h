@@ -19,8 +19,8 @@ inline void add_scaled(Vec* sum, float16x8_t w, float16x8_t v) {
   "fmlal v" #s0 ".4s, v" #k0 ".4h, v" #same ".4h\n\tfmlal v" #s1 ".4s, v" #k1 ".4h, v" #same ".4h\n\t" \
   "fmlal2 v" #s0 ".4s, v" #k0 ".4h, v" #same ".4h\n\tfmlal2 v" #s1 ".4s, v" #k1 ".4h, v" #same ".4h\n\t"
 
-DHSA_DOT_EIGHT(Half, Half, DHSA_LOAD_FOUR_OF_Q DHSA_EIGHT_KEYS(DHSA_TWO_KEYS, DHSA_FMLAL_PRODUCT),
-               DHSA_LOAD_ONE_OF_Q DHSA_EIGHT_KEYS(DHSA_TWO_TAILS, DHSA_FMLAL_PRODUCT))
+DHSA_DOT_EIGHTS(Half, Half, DHSA_LOAD_FOUR_OF_Q DHSA_EIGHT_KEYS(DHSA_TWO_KEYS, DHSA_FMLAL_PRODUCT),
+                DHSA_LOAD_ONE_OF_Q DHSA_EIGHT_KEYS(DHSA_TWO_TAILS, DHSA_FMLAL_PRODUCT))
 
 #define DHSA_ADD_FMLAL(c0, c1, v, t0, t1, w, lane)                                                  \
   "fmlal v" #c0 ".4s, v" #v ".4h, v" #w ".h[" #lane "]\n\t"                                         \
