@@ -3,13 +3,16 @@
 // An sm_90 GPU runs sm90/ (wgmma) if the build holds sm_90a code, every other GPU sm80/ (mma.sync); float32 runs a
 // plain kernel. attention_kernel() (archs.cpp) chooses.
 #include <algorithm>
+#include <cstdlib>
 #include <cstring>
 
+#include "cuda/attention_loader.h"
 #include "cuda/device/run_walker.h"
 #include "cuda/dispatch.h"
 #include "cuda/launch.h"
 #include "cuda/sm80/attention.h"
 #include "cuda/sm90/attention.h"
+#include "cuda/sm90/key_boxes.h"
 
 namespace dhsa::cuda {
 namespace {
@@ -96,6 +99,34 @@ cudaError_t choose_kernel(bool* sm90) {
   return cudaSuccess;
 }
 
+// DHSA_FORCE_CUDA_LOADER, "auto" where it is not set.
+const char* forced_loader() {
+  const char* loader = std::getenv("DHSA_FORCE_CUDA_LOADER");
+  return loader == nullptr || *loader == '\0' ? "auto" : loader;
+}
+
+// DHSA_CUDA_SM90: the build holds sm_90a code. Without it choose_kernel() never asks for these.
+template <class T, int kHeadDim>
+cudaError_t run_sm90([[maybe_unused]] AttentionParams& p, [[maybe_unused]] cudaStream_t stream) {
+#ifdef DHSA_CUDA_SM90
+  return sm90::attention<T, kHeadDim>(p, std::strcmp(forced_loader(), "gather") != 0, stream);
+#else
+  return cudaErrorNoKernelImageForDevice;
+#endif
+}
+
+bool has_tensor_maps([[maybe_unused]] const Tensor& k, [[maybe_unused]] const Tensor& v) {
+#ifdef DHSA_CUDA_SM90
+  AttentionParams p = {};
+  p.k = k.data, p.v = v.data, p.k_stride = strides(k), p.v_stride = strides(v);
+  p.batch = int32_t(k.shape[0]), p.num_groups = int32_t(k.shape[1]), p.seqlen_k = int32_t(k.shape[2]);
+  p.groups_per_kv = 1;
+  return sm90::make_key_boxes(p, int(k.shape[3]), 32).usable != 0;
+#else
+  return false;
+#endif
+}
+
 template <class T, int kHeadDim>
 cudaError_t run_half(const AttentionParams& p, cudaStream_t stream) {
   bool sm90 = false;
@@ -104,7 +135,7 @@ cudaError_t run_half(const AttentionParams& p, cudaStream_t stream) {
   const int rows = p.q_block * p.group;
   AttentionParams launched = p;
   if (sm90) {
-    error = sm90::attention<T, kHeadDim>(launched, stream);
+    error = run_sm90<T, kHeadDim>(launched, stream);
   } else {
     error = sm80::attention<T, kHeadDim>(launched, kHeadDim == 256 || rows <= 64 ? 1 : 2, stream);
   }
@@ -145,6 +176,22 @@ cudaError_t run_float32(const AttentionParams& p, int64_t head_dim, cudaStream_t
 
 }  // namespace
 
+std::string loader_refusal(const Tensor& k, const Tensor& v) {
+  const std::string loader = forced_loader();
+  if (loader == "auto" || loader == "gather") return "";
+  const std::string variable = "DHSA_FORCE_CUDA_LOADER: expected ";
+  if (loader != "tma") return variable + "auto, gather or tma, got '" + loader + "'";
+  bool sm90 = false;
+  const cudaError_t error = choose_kernel(&sm90);
+  if (error != cudaSuccess || !sm90 || k.dtype == DType::kFloat32) {
+    return variable + "auto or gather where the sm_90a kernel does not run, got 'tma'";
+  }
+  if (!has_tensor_maps(k, v)) {
+    return variable + "auto or gather for k and v that no tensor map can describe, got 'tma'";
+  }
+  return "";
+}
+
 int64_t workspace_bytes(const SparseAttention& x) {
   Arena arena(nullptr);
   partials(x, split_plan(x), arena);
@@ -155,6 +202,7 @@ cudaError_t run(const SparseAttention& x, void* workspace, cudaStream_t stream) 
   const int64_t head_dim = x.q.shape[3];
   if (x.q.shape[0] * x.q.shape[1] * x.q.shape[2] == 0) return cudaSuccess;
   if (x.k.shape[2] > kMaxSeqlenK) return cudaErrorInvalidValue;
+  if (!loader_refusal(x.k, x.v).empty()) return cudaErrorNotSupported;
   const SplitPlan plan = split_plan(x);
   Arena arena(workspace);
   const AttentionParams p = params(x, plan, partials(x, plan, arena));

@@ -1,5 +1,5 @@
 // The cases of attention_test, and the run lists they ask for: chunk-like runs, aligned blocks, single keys,
-// everything, malformed entries, and a dense tail.
+// everything, long runs that begin anywhere, a band with sinks, malformed entries, and a dense tail.
 #pragma once
 
 #include <algorithm>
@@ -12,8 +12,8 @@
 
 namespace dhsa::test {
 
-enum class Lists { kRuns, kAligned, kSingle, kDense, kMalformed, kTail };
-inline const char* const kListNames[] = {"runs", "aligned", "single", "dense", "malformed", "tail"};
+enum class Lists { kRuns, kAligned, kSingle, kDense, kLong, kBand, kMalformed, kTail };
+inline const char* const kListNames[] = {"runs", "aligned", "single", "dense", "long", "band", "malformed", "tail"};
 
 struct Case {
   DType dtype = DType::kBFloat16;
@@ -26,15 +26,44 @@ struct Case {
   unsigned seed = 1;
 };
 
+using Runs = std::vector<std::pair<int32_t, int32_t>>;
+
 struct HostLists {
   std::vector<int32_t> runs, num_runs;
   int64_t capacity = 1;
-  int64_t free_begin = 0, free_end = 0;  // keys in no list
-  double keys = 0;                       // kept and seen by the block's last query, all lists
+  Runs holes;       // keys in no list, which may hold NaN
+  double keys = 0;  // kept and seen by the block's last query, all lists
   double run_count = 0;
 };
 
-using Runs = std::vector<std::pair<int32_t, int32_t>>;
+// The runs without the holes' keys; both rise.
+inline Runs cut(const Runs& runs, const Runs& holes) {
+  Runs pieces;
+  for (auto [begin, end] : runs) {
+    for (const auto& hole : holes) {
+      if (hole.second <= begin) continue;
+      if (hole.first >= end) break;
+      if (begin < hole.first) pieces.push_back({begin, hole.first});
+      begin = std::min(hole.second, end);
+    }
+    if (begin < end) pieces.push_back({begin, end});
+  }
+  return pieces;
+}
+
+// A wide hole, or many small ones, so that runs of some tiles' length begin and end beside one.
+inline Runs make_holes(std::mt19937& rng, int64_t seqlen_k, bool many) {
+  Runs holes;
+  if (!many) {
+    const int64_t begin = seqlen_k * 3 / 10, end = begin + seqlen_k / 8;
+    if (begin < end) holes.push_back({int32_t(begin), int32_t(end)});
+    return holes;
+  }
+  for (int64_t j = 1 + int64_t(rng() % 80); j + 3 < seqlen_k; j += 70 + int64_t(rng() % 200)) {
+    holes.push_back({int32_t(j), int32_t(j + 1 + int64_t(rng() % 3))});
+  }
+  return holes;
+}
 
 inline Runs merged(std::vector<int32_t> keys) {
   std::sort(keys.begin(), keys.end());
@@ -47,6 +76,20 @@ inline Runs merged(std::vector<int32_t> keys) {
     }
   }
   return runs;
+}
+
+// Rising runs, those that touch as one, empty ones left out.
+inline Runs merged_runs(const Runs& runs) {
+  Runs out;
+  for (const auto& run : runs) {
+    if (run.second <= run.first) continue;
+    if (!out.empty() && run.first <= out.back().second) {
+      out.back().second = std::max(out.back().second, run.second);
+    } else {
+      out.push_back(run);
+    }
+  }
+  return out;
 }
 
 // `unit` aligned pieces of random lengths, from [0, end), until `budget` keys are kept; sink and local keys first.
@@ -92,9 +135,10 @@ inline HostLists make_lists(const Case& c) {
   HostLists out;
   std::vector<Runs> lists;
   const bool timing = c.seqlen_k > 4096;
-  if (!timing && c.seqlen_k > 20) {
-    out.free_begin = c.seqlen_k * 3 / 10, out.free_end = out.free_begin + c.seqlen_k / 8;
-    if (c.lists == Lists::kMalformed) out.free_begin = out.free_end = 0;
+  if (!timing && c.seqlen_k > 20 && c.lists != Lists::kMalformed) {
+    const bool many =
+        c.lists == Lists::kLong || c.lists == Lists::kBand || (c.lists == Lists::kDense && rng() % 2 == 0);
+    out.holes = make_holes(rng, c.seqlen_k, many);
   }
   for (int64_t i = 0; i < c.batch * c.select_heads * blocks; ++i) {
     const int64_t block = i % blocks, p0 = c.seqlen_k - c.seqlen_q + block * c.q_block;
@@ -108,6 +152,13 @@ inline HostLists make_lists(const Case& c) {
         break;
       case Lists::kAligned:
         runs = pick(rng, end, p0, c.budget, timing ? 128 : 16, 1, timing ? 128 : 16, timing ? 128 : 16);
+        break;
+      case Lists::kLong:
+        runs = pick(rng, end, p0, 4 * c.budget, 5, 7, 40, 300);
+        break;
+      case Lists::kBand:
+        runs = merged_runs({{0, int32_t(std::min<int64_t>(5, end))},
+                            {int32_t(std::max<int64_t>(0, p0 - 150)), int32_t(std::max<int64_t>(0, end))}});
         break;
       case Lists::kSingle: {
         std::vector<int32_t> keys;
@@ -147,13 +198,7 @@ inline HostLists make_lists(const Case& c) {
     }
     if (!timing && c.lists != Lists::kMalformed) {
       if (rng() % 9 == 0) runs.clear();  // a block with no key
-      Runs cut;                          // nothing from the free keys
-      for (const auto& run : runs) {
-        const int32_t fb = int32_t(out.free_begin), fe = int32_t(out.free_end);
-        if (run.first < std::min(run.second, fb)) cut.push_back({run.first, std::min(run.second, fb)});
-        if (std::max(run.first, fe) < run.second) cut.push_back({std::max(run.first, fe), run.second});
-      }
-      runs = cut;
+      runs = cut(runs, out.holes);
     }
     out.capacity = std::max<int64_t>(out.capacity, runs.size());
     for (const auto& run : runs) out.keys += run.second - run.first;

@@ -3,9 +3,11 @@
 //   attention_test check [kernel]   every dtype, head_dim, S, q_block, window, softcap and kind of list
 //   attention_test small [kernel]   a few small shapes, for compute-sanitizer
 //   attention_test repeat [kernel]  the same call hundreds of times, warm and with a cold L2: the bits must not change
-//   attention_test time  [kernel [32K]]  ms and TFLOP/s (4 D H sum min(i + 1, budget)) in a CUDA graph
+//   attention_test time  [kernel [32K|loaders]]  ms and TFLOP/s (4 D H sum min(i + 1, budget)) in a CUDA graph
 //
-// kernel: sm80 or sm90 (DHSA_FORCE_CUDA_KERNEL); default: what this GPU gets.
+// kernel: sm80 or sm90 (DHSA_FORCE_CUDA_KERNEL); default: what this GPU gets. Every mode sets DHSA_FORCE_CUDA_LOADER
+// itself: check, small and repeat run each call by gather and by tma, whose bits must be equal, where tma can be had,
+// and fail where it is refused without a reason; time runs the two side by side on lists A, B, C and dense.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
@@ -19,6 +21,7 @@
 #include <vector>
 
 #include "attention_lists.h"
+#include "cuda/attention_loader.h"
 #include "cuda/launch.h"
 
 namespace {
@@ -48,6 +51,14 @@ template <class T>
 __global__ void fill_kernel(T* data, int64_t count, uint64_t seed) {
   for (int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; i < count; i += int64_t(gridDim.x) * blockDim.x) {
     data[i] = T(hash_normal(i, seed));
+  }
+}
+
+// NaN into what lies between the rows.
+template <class T>
+__global__ void poison_gaps_kernel(T* data, int64_t count, int64_t head_dim, int64_t row) {
+  for (int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; i < count; i += int64_t(gridDim.x) * blockDim.x) {
+    if (i % row >= head_dim) data[i] = T(NAN);
   }
 }
 
@@ -159,15 +170,19 @@ dhsa::Tensor strided(Problem& problem, DType dtype, int64_t batch, int64_t heads
   *bytes = count * dhsa::element_size(dtype);
   t.data = problem.allocate(*bytes);
   if (seed != 0 && count > 0) {
+    const auto fill = [&](auto* data) {
+      fill_kernel<<<1024, 256>>>(data, count, seed);
+      if (gap > 0) poison_gaps_kernel<<<1024, 256>>>(data, count, head_dim, head_dim + gap);
+    };
     switch (dtype) {
       case DType::kFloat32:
-        fill_kernel<<<1024, 256>>>(t.as<float>(), count, seed);
+        fill(t.as<float>());
         break;
       case DType::kFloat16:
-        fill_kernel<<<1024, 256>>>(t.as<__half>(), count, seed);
+        fill(t.as<__half>());
         break;
       default:
-        fill_kernel<<<1024, 256>>>(t.as<__nv_bfloat16>(), count, seed);
+        fill(t.as<__nv_bfloat16>());
         break;
     }
     CHECK(cudaGetLastError());
@@ -192,10 +207,10 @@ void build(Problem& problem, const Case& c) {
   x.q = strided(problem, c.dtype, c.batch, c.heads, c.seqlen_q, c.head_dim, c.transposed, c.seed * 3 + 1, &bytes);
   x.k = strided(problem, c.dtype, c.batch, c.heads_kv, c.seqlen_k, c.head_dim, c.transposed, c.seed * 3 + 2, &bytes);
   x.v = strided(problem, c.dtype, c.batch, c.heads_kv, c.seqlen_k, c.head_dim, c.transposed, c.seed * 3 + 3, &bytes);
-  if (problem.lists.free_end > problem.lists.free_begin) {
+  for (const auto& hole : problem.lists.holes) {
     for (dhsa::Tensor* t : {&x.k, &x.v}) {
       const unsigned grid = unsigned(c.batch * c.heads_kv);
-      const int64_t b = problem.lists.free_begin, e = problem.lists.free_end;
+      const int64_t b = hole.first, e = hole.second;
       switch (c.dtype) {
         case DType::kFloat32:
           poison_kernel<<<grid, 256>>>(t->as<float>(), *t, b, e);
@@ -225,6 +240,93 @@ void build(Problem& problem, const Case& c) {
   CHECK(cudaMemset(x.out.data, 0xff, std::max<int64_t>(problem.out_bytes, 1)));
   CHECK(cudaMemset(x.lse.data, 0xff, std::max<int64_t>(problem.lse_count * 4, 1)));
 }
+
+// --- Loaders ---------------------------------------------------------------------------------------------------------
+
+void force_loader(const char* loader) { setenv("DHSA_FORCE_CUDA_LOADER", loader, 1); }
+
+// Whether the sm_90a kernel answers calls of this type, the only one with two loaders.
+bool runs_sm90(DType dtype) {
+  int major = 0, minor = 0;
+  CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0));
+  CHECK(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, 0));
+  const char* kernel = dhsa::cuda::attention_kernel(major, minor);
+  return dtype != DType::kFloat32 && kernel != nullptr && std::strcmp(kernel, "sm90") == 0;
+}
+
+bool has_boxes(const Problem& problem) { return runs_sm90(problem.x.k.dtype) && problem.x.k.shape[2] > 0; }
+
+__global__ void count_different_kernel(const uint32_t* a, const uint32_t* b, int64_t words, unsigned* count) {
+  unsigned different = 0;
+  for (int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; i < words; i += int64_t(gridDim.x) * blockDim.x) {
+    different += a[i] != b[i];
+  }
+  if (different > 0) atomicAdd(count, different);
+}
+
+// A copy of a problem's answers, and how many words of later ones differ from it.
+class Answers {
+ public:
+  explicit Answers(Problem& problem)
+      : x_(problem.x),
+        out_bytes_(problem.out_bytes),
+        lse_count_(problem.lse_count),
+        out_(static_cast<uint32_t*>(problem.allocate(out_bytes_))),
+        lse_(static_cast<uint32_t*>(problem.allocate(lse_count_ * 4))),
+        count_(static_cast<unsigned*>(problem.allocate(4))) {
+    CHECK(cudaMemset(count_, 0, 4));
+  }
+  void keep() {
+    CHECK(cudaMemcpy(out_, x_.out.data, out_bytes_, cudaMemcpyDeviceToDevice));
+    CHECK(cudaMemcpy(lse_, x_.lse.data, lse_count_ * 4, cudaMemcpyDeviceToDevice));
+  }
+  void poison() {
+    CHECK(cudaMemset(x_.out.data, 0xff, out_bytes_));
+    CHECK(cudaMemset(x_.lse.data, 0xff, lse_count_ * 4));
+  }
+  void count_different() {
+    count_different_kernel<<<512, 256>>>(x_.out.as<uint32_t>(), out_, out_bytes_ / 4, count_);
+    count_different_kernel<<<512, 256>>>(x_.lse.as<uint32_t>(), lse_, lse_count_, count_);
+    CHECK(cudaGetLastError());
+  }
+  unsigned different() const {
+    unsigned count = 0;
+    CHECK(cudaMemcpy(&count, count_, 4, cudaMemcpyDeviceToHost));
+    return count;
+  }
+
+ private:
+  const dhsa::SparseAttention& x_;
+  int64_t out_bytes_, lse_count_;
+  uint32_t *out_, *lse_;
+  unsigned* count_;
+};
+
+// By tma, after a run by gather: the same bits, or, where there can be no tensor maps, a refusal.
+bool agrees_by_boxes(Problem& problem) {
+  force_loader("tma");
+  const std::string refusal = dhsa::cuda::loader_refusal(problem.x.k, problem.x.v);
+  if (!has_boxes(problem)) {
+    const bool good =
+        !refusal.empty() && dhsa::cuda::run(problem.x, problem.workspace, nullptr) == cudaErrorNotSupported;
+    if (!good) std::printf("tma was not refused: ");
+    return good;
+  }
+  if (!refusal.empty()) {
+    std::printf("%s: ", refusal.c_str());
+    return false;
+  }
+  Answers gathered(problem);
+  gathered.keep();
+  gathered.poison();
+  CHECK(dhsa::cuda::run(problem.x, problem.workspace, nullptr));
+  gathered.count_different();
+  const unsigned different = gathered.different();
+  if (different > 0) std::printf("%u words differ from gather's: ", different);
+  return different == 0;
+}
+
+// --- Comparison ------------------------------------------------------------------------------------------------------
 
 float to_float(const void* data, int64_t i, DType dtype) {
   switch (dtype) {
@@ -314,10 +416,12 @@ void print_case(const Case& c) {
 bool check_case(const Case& c) {
   Problem problem;
   build(problem, c);
+  force_loader("gather");
   CHECK(dhsa::cuda::run(problem.x, problem.workspace, nullptr));
   CHECK(cudaDeviceSynchronize());
   double error, lse_error;
-  const bool good = compare(problem, c, {}, &error, &lse_error);
+  bool good = compare(problem, c, {}, &error, &lse_error);
+  good &= agrees_by_boxes(problem);
   if (!good) {
     std::printf("FAIL ");
     print_case(c);
@@ -376,45 +480,31 @@ int check(bool small) {
 
 // --- Repeats: a race shows as bits that change between runs ----------------------------------------------------------
 
-__global__ void count_different_kernel(const uint32_t* a, const uint32_t* b, int64_t words, unsigned* count) {
-  unsigned different = 0;
-  for (int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; i < words; i += int64_t(gridDim.x) * blockDim.x) {
-    different += a[i] != b[i];
-  }
-  if (different > 0) atomicAdd(count, different);
-}
-
+// Calls by gather and by tma in turn, two of each: one with a warm L2, one with a cold.
 bool repeat_case(const Case& c, int repeats) {
   constexpr int64_t kFlushBytes = int64_t(128) << 20;  // more than any L2
   Problem problem;
   build(problem, c);
-  const int64_t lse_bytes = problem.lse_count * 4;
-  uint32_t* const out = static_cast<uint32_t*>(problem.allocate(problem.out_bytes));
-  uint32_t* const lse = static_cast<uint32_t*>(problem.allocate(lse_bytes));
-  unsigned* const count = static_cast<unsigned*>(problem.allocate(4));
+  const bool boxes = has_boxes(problem);
+  Answers first(problem);
   void* const flush = problem.allocate(kFlushBytes);
-  CHECK(cudaMemset(count, 0, 4));
   for (int i = 0; i <= repeats; ++i) {
-    CHECK(cudaMemset(problem.x.out.data, 0xff, problem.out_bytes));
-    CHECK(cudaMemset(problem.x.lse.data, 0xff, lse_bytes));
+    first.poison();
     if (i % 2 == 1) CHECK(cudaMemset(flush, i, kFlushBytes));
+    force_loader(boxes && i / 2 % 2 == 1 ? "tma" : "gather");
     CHECK(dhsa::cuda::run(problem.x, problem.workspace, nullptr));
     if (i == 0) {
-      CHECK(cudaMemcpy(out, problem.x.out.data, problem.out_bytes, cudaMemcpyDeviceToDevice));
-      CHECK(cudaMemcpy(lse, problem.x.lse.data, lse_bytes, cudaMemcpyDeviceToDevice));
+      first.keep();
     } else {
-      count_different_kernel<<<512, 256>>>(problem.x.out.as<uint32_t>(), out, problem.out_bytes / 4, count);
-      count_different_kernel<<<512, 256>>>(problem.x.lse.as<uint32_t>(), lse, problem.lse_count, count);
-      CHECK(cudaGetLastError());
+      first.count_different();
     }
   }
-  unsigned different = 0;
-  CHECK(cudaMemcpy(&different, count, 4, cudaMemcpyDeviceToHost));
+  const unsigned different = first.different();
   double error, lse_error;
   std::vector<int64_t> rows;
   for (int64_t i = 0; i < 40; ++i) rows.push_back(problem.lse_count - 1 - i * 37 % problem.lse_count);
   const bool good = different == 0 && compare(problem, c, rows, &error, &lse_error);
-  std::printf("%s %d times ", good ? "ok  " : "FAIL", repeats);
+  std::printf("%s %d times %s", good ? "ok  " : "FAIL", repeats, boxes ? "by both loaders " : "");
   print_case(c);
   std::printf(": %u words changed\n", different);
   std::fflush(stdout);
@@ -427,12 +517,14 @@ int repeat(int repeats) {
   Case c;
   c.heads = 32, c.heads_kv = 8, c.select_heads = 8, c.budget = 400, c.transposed = true;
   c.seqlen_q = c.seqlen_k = 9000, c.lists = Lists::kTail, good &= repeat_case(c, repeats);
+  c.lists = Lists::kLong, good &= repeat_case(c, repeats);  // boxes and gathered tiles by turns
   c.seqlen_q = c.seqlen_k = 4500, c.q_block = 16, c.budget = 64, good &= repeat_case(c, repeats);
   c.seqlen_q = 48, c.q_block = 64, c.budget = 300, c.lists = Lists::kRuns, good &= repeat_case(c, 2 * repeats);
   for (const int64_t head_dim : {64, 96, 256}) {
     c.head_dim = head_dim, c.dtype = head_dim == 96 ? DType::kFloat16 : DType::kBFloat16;
     c.heads = 16, c.heads_kv = 4, c.select_heads = 4, c.seqlen_q = c.seqlen_k = 5000, c.q_block = 32;
     c.lists = Lists::kTail, good &= repeat_case(c, repeats);
+    c.lists = Lists::kLong, good &= repeat_case(c, repeats);
     c.seqlen_q = 1, c.q_block = 1, c.lists = Lists::kRuns, good &= repeat_case(c, 2 * repeats);
   }
   return !good;
@@ -440,75 +532,111 @@ int repeat(int repeats) {
 
 // --- Times -----------------------------------------------------------------------------------------------------------
 
-bool time_case(const char* name, const Case& c, int repeats, double flops = 0) {
+// A captured call and the times of its replays.
+struct Timed {
+  const char* loader;
+  cudaGraphExec_t exec = nullptr;
+  std::vector<float> times;
+  bool good = false;
+  double error = 0, lse_error = 0;
+};
+
+// All loaders in one go, by turns.
+bool time_case(const char* name, const Case& c, int repeats, std::initializer_list<const char*> loaders = {"auto"},
+               double flops = 0) {
   Problem problem;
   build(problem, c);
   cudaStream_t stream;
   CHECK(cudaStreamCreate(&stream));
-  CHECK(cudaDeviceSynchronize());
-  CHECK(dhsa::cuda::run(problem.x, problem.workspace, stream));
-  CHECK(cudaStreamSynchronize(stream));
   std::vector<int64_t> rows;
   std::mt19937 rng(5);
   for (int i = 0; i < 48; ++i) rows.push_back((int64_t(rng()) << 20 ^ rng()) % problem.lse_count);
   rows.push_back(problem.lse_count - 1);
-  double error, lse_error;
-  const bool good = compare(problem, c, rows, &error, &lse_error);
-
   const int per_graph = c.seqlen_q <= 16 ? 50 : 1;
-  cudaGraph_t graph;
-  cudaGraphExec_t exec;
-  CHECK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
-  for (int i = 0; i < per_graph; ++i) CHECK(dhsa::cuda::run(problem.x, problem.workspace, stream));
-  CHECK(cudaStreamEndCapture(stream, &graph));
-  CHECK(cudaGraphInstantiate(&exec, graph, 0));
+  std::vector<Timed> timed;
+  for (const char* loader : loaders) {
+    if (std::strcmp(loader, "tma") == 0 && !has_boxes(problem)) continue;
+    Timed& t = timed.emplace_back(Timed{loader});
+    force_loader(loader);
+    CHECK(cudaDeviceSynchronize());
+    CHECK(cudaMemset(problem.x.out.data, 0xff, problem.out_bytes));
+    CHECK(cudaDeviceSynchronize());
+    CHECK(dhsa::cuda::run(problem.x, problem.workspace, stream));
+    CHECK(cudaStreamSynchronize(stream));
+    t.good = compare(problem, c, rows, &t.error, &t.lse_error);
+    cudaGraph_t graph;
+    CHECK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
+    for (int i = 0; i < per_graph; ++i) CHECK(dhsa::cuda::run(problem.x, problem.workspace, stream));
+    CHECK(cudaStreamEndCapture(stream, &graph));
+    CHECK(cudaGraphInstantiate(&t.exec, graph, 0));
+    CHECK(cudaGraphDestroy(graph));
+  }
   cudaEvent_t from, to;
   CHECK(cudaEventCreate(&from));
   CHECK(cudaEventCreate(&to));
-  std::vector<float> times;
   for (int i = 0; i < repeats + 2; ++i) {
-    CHECK(cudaEventRecord(from, stream));
-    CHECK(cudaGraphLaunch(exec, stream));
-    CHECK(cudaEventRecord(to, stream));
-    CHECK(cudaEventSynchronize(to));
-    float ms;
-    CHECK(cudaEventElapsedTime(&ms, from, to));
-    if (i >= 2) times.push_back(ms / per_graph);
+    for (Timed& t : timed) {
+      CHECK(cudaEventRecord(from, stream));
+      CHECK(cudaGraphLaunch(t.exec, stream));
+      CHECK(cudaEventRecord(to, stream));
+      CHECK(cudaEventSynchronize(to));
+      float ms;
+      CHECK(cudaEventElapsedTime(&ms, from, to));
+      if (i >= 2) t.times.push_back(ms / per_graph);
+    }
   }
-  std::sort(times.begin(), times.end());
-  const double ms = times[times.size() / 2];
   if (flops == 0) {
     for (int64_t i = 0; i < c.seqlen_q; ++i) {
       flops += 4.0 * c.head_dim * c.heads * c.batch * double(std::min(c.seqlen_k - c.seqlen_q + i + 1, c.budget));
     }
   }
-  std::printf("%-34s %8.4f ms %7.1f TFLOP/s  mean run %6.1f  workspace %5.1f MiB  %s (%.1e, %.1e)\n", name, ms,
-              flops / ms * 1e-9, problem.lists.keys / std::max(problem.lists.run_count, 1.0),
-              double(dhsa::cuda::workspace_bytes(problem.x)) / (1 << 20), good ? "ok" : "WRONG", error, lse_error);
+  bool good = true;
+  for (Timed& t : timed) {
+    std::sort(t.times.begin(), t.times.end());
+    const double ms = t.times[t.times.size() / 2];
+    std::printf("%-34s %-6s %8.4f ms %7.1f TFLOP/s  mean run %6.1f  workspace %5.1f MiB  %s (%.1e, %.1e)\n", name,
+                t.loader, ms, flops / ms * 1e-9, problem.lists.keys / std::max(problem.lists.run_count, 1.0),
+                double(dhsa::cuda::workspace_bytes(problem.x)) / (1 << 20), t.good ? "ok" : "WRONG", t.error,
+                t.lse_error);
+    good &= t.good;
+    CHECK(cudaGraphExecDestroy(t.exec));
+  }
   std::fflush(stdout);
-  CHECK(cudaGraphExecDestroy(exec));
-  CHECK(cudaGraphDestroy(graph));
+  CHECK(cudaEventDestroy(from));
+  CHECK(cudaEventDestroy(to));
   CHECK(cudaStreamDestroy(stream));
   return good;
 }
 
-int time_all(bool short_only) {
+// which: "" every shape, "32K" the shapes of that length, "loaders" only lists A, B, C and dense by both loaders.
+int time_all(const std::string& which) {
   Case c;
   c.heads = 32, c.heads_kv = 8, c.select_heads = 1, c.q_block = 128, c.budget = 2048;
   const Case base = c;
   bool good = true;
   const auto lists_abc = [&](int64_t length, const char* at) {
     c = base, c.seqlen_q = c.seqlen_k = length;
-    c.lists = Lists::kRuns, good &= time_case((std::string("A ") + at).c_str(), c, 10);
-    c.lists = Lists::kAligned, good &= time_case((std::string("B ") + at).c_str(), c, 10);
-    c.lists = Lists::kSingle, good &= time_case((std::string("C ") + at).c_str(), c, 10);
+    for (const auto& [name, lists] :
+         {std::pair("A ", Lists::kRuns), std::pair("B ", Lists::kAligned), std::pair("C ", Lists::kSingle)}) {
+      c.lists = lists;
+      good &= time_case((std::string(name) + at).c_str(), c, 10, {"gather", "tma"});
+    }
+  };
+  const auto dense = [&] {
+    c = base, c.seqlen_q = c.seqlen_k = 32768, c.lists = Lists::kDense, c.budget = 32768;
+    good &= time_case("dense 32K", c, 5, {"gather", "tma"});
   };
   lists_abc(32768, "32K/2048");
+  if (which == "loaders") {
+    dense();
+    lists_abc(131072, "128K/2048");
+    return !good;
+  }
   c.lists = Lists::kRuns, c.head_dim = 64;
   good &= time_case("A 32K/2048 D 64", c, 10);
   c.head_dim = 256, c.heads = 8, c.heads_kv = 4, c.softcap = 50;
   good &= time_case("A 32K/2048 D 256 8/4 softcap 50", c, 10);
-  if (short_only) return !good;
+  if (which == "32K") return !good;
 
   lists_abc(131072, "128K/2048");
   c.lists = Lists::kTail;
@@ -517,8 +645,7 @@ int time_all(bool short_only) {
   good &= time_case("A 128K/2048 S 8 q_block 64", c, 5);
   c = base, c.seqlen_q = c.seqlen_k = 8192;
   good &= time_case("A 8K/2048", c, 20);
-  c.seqlen_q = c.seqlen_k = 32768, c.lists = Lists::kDense, c.budget = 32768;
-  good &= time_case("dense 32K", c, 5);
+  dense();
   c.lists = Lists::kRuns, c.budget = 2048, c.dtype = DType::kFloat16;
   good &= time_case("A 32K/2048 fp16", c, 10);
   c.dtype = DType::kBFloat16, c.heads = 8, c.heads_kv = 8;
@@ -540,6 +667,6 @@ int main(int argc, char** argv) {
   std::printf("%s, compiled for %s, kernel %s\n", properties.name, dhsa::cuda::archs_compiled(),
               argc > 2 ? argv[2] : "default");
   if (mode == "repeat") return repeat(200);
-  if (mode == "time") return time_all(argc > 3);
+  if (mode == "time") return time_all(argc > 3 ? argv[3] : "");
   return check(mode == "small");
 }

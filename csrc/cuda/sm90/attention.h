@@ -7,8 +7,8 @@
 
 namespace dhsa::cuda::sm90 {
 
-// Fills in the params' tile fields.
+// Fills in the params' tile fields. use_boxes: tiles of neighbouring keys come by TMA where tensor maps can be made.
 template <class T, int kHeadDim>
-cudaError_t attention(AttentionParams&, cudaStream_t);
+cudaError_t attention(AttentionParams&, bool use_boxes, cudaStream_t);
 
 }  // namespace dhsa::cuda::sm90

@@ -4,9 +4,9 @@
 namespace dhsa::cuda::sm90 {
 
 template <>
-cudaError_t attention<__nv_bfloat16, 96>(AttentionParams& p, cudaStream_t stream) {
-  if (p.q_block * p.group <= 128) return launch<__nv_bfloat16, Config<96, 1, 64, 5>>(p, stream);
-  return launch<__nv_bfloat16, Config<96, 2, 64, 4>>(p, stream);
+cudaError_t attention<__nv_bfloat16, 96>(AttentionParams& p, bool use_boxes, cudaStream_t stream) {
+  if (p.q_block * p.group <= 128) return launch<__nv_bfloat16, Config<96, 1, 64, 5>>(p, use_boxes, stream);
+  return launch<__nv_bfloat16, Config<96, 2, 64, 4>>(p, use_boxes, stream);
 }
 
 }  // namespace dhsa::cuda::sm90

@@ -1,9 +1,10 @@
-// sparse_attention on Hopper (sm_90a), float16 and bfloat16: wgmma fed by a producer warpgroup that gathers keys.
+// sparse_attention on Hopper (sm_90a), float16 and bfloat16: wgmma fed by a producer warpgroup that gathers keys, by
+// TMA where a tile's are neighbours and by cp.async where they are not.
 //
 //   out[row] = softmax over j in the block's runs, p - window < j <= p, of logit(q[row] . k[j]), times v[j]
 //
 // A thread block stays on its SM and answers one work item after another (attention_work.h). In warpgroup 0, warp 0
-// walks the run list and writes down each tile's keys, warps 1 and 2 copy the rows of K and of V that it names, and
+// walks the run list and writes down each tile's keys, warps 1 and 2 load the rows of K and of V that it names, and
 // warp 3 does nothing. Warpgroups 1 and 2 own kHalves m64 tiles of packed rows each, whose Q they load themselves: S =
 // Q K^T from shared memory, softmax in registers, O += P V with P from registers, all accumulated in float32. The next
 // S is always issued before the P V of the last one, so that tensor cores work through a softmax. A row with no key
@@ -11,8 +12,15 @@
 //
 //   barrier     arrivals per phase                                        waited for by    then
 //   listed[s]   1: the walker wrote keys and header of tile s             copiers          tile s may be filled
-//   full[s]     2 x 32 copier threads' copies + 1 walker                  consumers        tile s may be read
+//   full[s]     2 x 32 copier threads + 1 walker, and the bytes of boxes  consumers        tile s may be read
 //   empty[s]    8 consumer warps, after P V of the tile is complete       walker           tile s may be overwritten
+//
+// A gathered tile's copier threads arrive when their cp.asyncs have landed. For a tile of boxes (kBoxes) lane 0 starts
+// the copies, announces their bytes and arrives for its warp. A stage is written now through the generic proxy
+// (cp.async), now through the async one (TMA), and always read through the async one (wgmma). From generic write to
+// wgmma, and to the TMA write of a later phase, the order runs through full[s] and the fence.proxy.async that every
+// consumer thread does after it; from TMA write to cp.async through full[s] (the end of a TMA copy fences by itself),
+// wgmma's wait and empty[s].
 //
 // A work item sends at least one tile; the header of a tile says what it is (Header).
 #pragma once
@@ -26,8 +34,10 @@
 #include "cuda/device/run_walker.h"
 #include "cuda/device/smem_tile.h"
 #include "cuda/device/softmax.h"
+#include "cuda/device/tma.h"
 #include "cuda/device/wgmma.h"
 #include "cuda/sm90/config.h"
+#include "cuda/sm90/key_boxes.h"
 
 namespace dhsa::cuda::sm90 {
 
@@ -37,6 +47,7 @@ enum Header : int32_t {
   kNoWork = 4,   // a split without a share: no Q, no keys, no answer
   kRagged = 16,  // some of the tile's rows hold no key
   kPartial = 8,  // the answer goes to the partials
+  kBoxes = 32,   // the tile's keys are kBlockN neighbours: TMA loads them
 };
 
 // A ring position and the parity of its current phase.
@@ -66,7 +77,8 @@ struct Smem {
 
 // Warp 0: writes keys and header of every tile of every work item.
 template <class C>
-__device__ inline void walk(const AttentionParams& p, const Smem<C>& smem, uint8_t* smem_bytes, int32_t lane) {
+__device__ inline void walk(const AttentionParams& p, bool boxes, const Smem<C>& smem, uint8_t* smem_bytes,
+                            int32_t lane) {
   int32_t* const keys = reinterpret_cast<int32_t*>(smem_bytes + C::kKeysOffset);
   int32_t* const header = reinterpret_cast<int32_t*>(smem_bytes + C::kHeaderOffset);
   Ring<C::kStages> ring;
@@ -104,28 +116,47 @@ __device__ inline void walk(const AttentionParams& p, const Smem<C>& smem, uint8
       const uint32_t next = begin + C::kBlockN;
       const int32_t count = walker.template keys_at<C::kSlots>(begin, min(range.end, next), key);
       last = next >= range.end || !walker.reaches(next);
-      bool masked = count < C::kBlockN;
+      const int32_t first_key = __shfl_sync(0xffffffffu, key[0], 0) + lane;
+      bool masked = count < C::kBlockN, neighbours = boxes;
 #pragma unroll
       for (int32_t i = 0; i < C::kSlots; ++i) {
         masked |= key[i] > item.first_position;
         masked |= p.window > 0 && item.last_position - key[i] >= p.window;
+        neighbours &= key[i] == first_key + 32 * i;
       }
       masked = __any_sync(0xffffffffu, masked);
+      neighbours = __all_sync(0xffffffffu, neighbours);  // so none is kAbsentKey either
       barrier_wait(smem.empty(ring.stage), ring.parity ^ 1);
 #pragma unroll
       for (int32_t i = 0; i < C::kSlots; ++i) {
         if (C::kBlockN % 32 == 0 || 32 * i + lane < C::kBlockN) keys[ring.stage * C::kBlockN + 32 * i + lane] = key[i];
       }
-      announce((masked ? kMasked : 0) | (last ? kLast : 0) | (count < C::kBlockN ? kRagged : 0) | every_tile);
+      announce((masked ? kMasked : 0) | (last ? kLast : 0) | (count < C::kBlockN ? kRagged : 0) |
+               (neighbours ? kBoxes : 0) | every_tile);
       begin = next;
     } while (!last);
   }
 }
 
+// One lane, for its warp: the tile's keys from `key` on, a box a panel, and the warp's arrivals. Only whole tiles come
+// so: in a ragged one a box would bring V's rows behind the run's end, NaN perhaps. Nor are tiles of several runs put
+// together from boxes of 8 rows: at head_dim 128 that is up to 16 boxes a tile of K or V, as many issue slots as 32
+// cp.asyncs.
+template <class Tile>
+__device__ inline void load_boxes(uint32_t to, const CUtensorMap* map, uint32_t full, int32_t key, int32_t head,
+                                  int32_t batch) {
+  barrier_expect(full, Tile::kBytes);
+#pragma unroll
+  for (int32_t panel = 0; panel < Tile::kPanels; ++panel) {
+    load_box(to + panel * Tile::kPanelBytes, map, full, 64 * panel, key, head, batch);
+  }
+  barrier_arrive(full, 32);
+}
+
 // Warp 1 for K, warp 2 for V (tile_offset: where in a stage its tile lies): copies the rows that the walker listed.
 template <class T, class C>
 __device__ inline void copy(const AttentionParams& p, const Smem<C>& smem, const uint8_t* smem_bytes, const void* data,
-                            const Strides& stride, int32_t tile_offset, int32_t lane) {
+                            const Strides& stride, const CUtensorMap* map, int32_t tile_offset, int32_t lane) {
   const int32_t* const keys = reinterpret_cast<const int32_t*>(smem_bytes + C::kKeysOffset);
   const volatile int32_t* const header = reinterpret_cast<const int32_t*>(smem_bytes + C::kHeaderOffset);
   Ring<C::kStages> ring;
@@ -133,20 +164,26 @@ __device__ inline void copy(const AttentionParams& p, const Smem<C>& smem, const
   for (int32_t index = blockIdx.x; index < items; index += gridDim.x) {
     const WorkItem item = work_item<C::kBlockM>(p, index);
     if (item.num_rows <= 0) continue;
-    const T* base =
-        static_cast<const T*>(data) + item.batch * stride.batch + item.group / p.groups_per_kv * stride.head;
+    const int32_t head = item.group / p.groups_per_kv;
+    const T* base = static_cast<const T*>(data) + item.batch * stride.batch + head * stride.head;
     int32_t tile;
     do {
       barrier_wait(smem.listed(ring.stage), ring.parity);
       tile = header[ring.stage];
       const uint32_t to = smem.k_tile(ring.stage) + tile_offset;
       const int32_t* const tile_keys = keys + ring.stage * C::kBlockN;
-      if (tile & kRagged) {
-        copy_listed_rows<T, C::kHeadDim, C::kBlockN, false>(to, base, stride.row, tile_keys, lane);
-      } else if (!(tile & kNoWork)) {
-        copy_listed_rows<T, C::kHeadDim, C::kBlockN, true>(to, base, stride.row, tile_keys, lane);
+      const uint32_t full = smem.full(ring.stage);
+      if (tile & kBoxes) {
+        __syncwarp();  // every lane has read the header: lane 0 may arrive for all
+        if (lane == 0) load_boxes<typename C::KTile>(to, map, full, tile_keys[0], head, item.batch);
+      } else {
+        if (tile & kRagged) {
+          copy_listed_rows<T, C::kHeadDim, C::kBlockN, false>(to, base, stride.row, tile_keys, lane);
+        } else if (!(tile & kNoWork)) {
+          copy_listed_rows<T, C::kHeadDim, C::kBlockN, true>(to, base, stride.row, tile_keys, lane);
+        }
+        barrier_arrive_after_copies(full);
       }
-      barrier_arrive_after_copies(smem.full(ring.stage));
       ring.advance();
     } while (!(tile & (kLast | kNoWork)));
   }
@@ -341,7 +378,8 @@ __device__ inline void consume(const AttentionParams& p, const Smem<C>& smem, co
 // --- Kernel and launcher ---------------------------------------------------------------------------------------------
 
 template <class T, class C, bool kPlain>
-__global__ void __launch_bounds__(C::kThreads, 1) attention_kernel(const __grid_constant__ AttentionParams p) {
+__global__ void __launch_bounds__(C::kThreads, 1)
+    attention_kernel(const __grid_constant__ AttentionParams p, const __grid_constant__ KeyBoxes boxes) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   extern __shared__ uint8_t unaligned[];
   uint8_t* const smem_bytes = unaligned + ((1024 - (smem_address(unaligned) & 1023)) & 1023);
@@ -352,15 +390,16 @@ __global__ void __launch_bounds__(C::kThreads, 1) attention_kernel(const __grid_
       barrier_init(smem.full(stage), 2 * 32 + 1);
       barrier_init(smem.empty(stage), 4 * C::kConsumers);
     }
+    fence_async_proxy();  // TMA counts bytes on them
   }
   __syncthreads();
   const int32_t warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0);
   if (warpgroup == 0) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(C::kProducerRegisters));
     const int32_t warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
-    if (warp == 0) walk<C>(p, smem, smem_bytes, lane);
-    if (warp == 1) copy<T, C>(p, smem, smem_bytes, p.k, p.k_stride, 0, lane);
-    if (warp == 2) copy<T, C>(p, smem, smem_bytes, p.v, p.v_stride, C::KTile::kBytes, lane);
+    if (warp == 0) walk<C>(p, boxes.usable != 0, smem, smem_bytes, lane);
+    if (warp == 1) copy<T, C>(p, smem, smem_bytes, p.k, p.k_stride, &boxes.k, 0, lane);
+    if (warp == 2) copy<T, C>(p, smem, smem_bytes, p.v, p.v_stride, &boxes.v, C::KTile::kBytes, lane);
   } else {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(C::kConsumerRegisters));
     consume<T, C, kPlain>(p, smem, smem_bytes, warpgroup - 1);
@@ -369,7 +408,7 @@ __global__ void __launch_bounds__(C::kThreads, 1) attention_kernel(const __grid_
 }
 
 template <class T, class C>
-cudaError_t launch(AttentionParams& p, cudaStream_t stream) {
+cudaError_t launch(AttentionParams& p, bool use_boxes, cudaStream_t stream) {
   p.block_rows = C::kBlockM;
   p.block_tiles = (p.q_block * p.group + C::kBlockM - 1) / C::kBlockM;
   int device = 0, multiprocessors = 0;
@@ -385,7 +424,8 @@ cudaError_t launch(AttentionParams& p, cudaStream_t stream) {
   const int64_t items = num_items(p);
   if (items > (1 << 30)) return cudaErrorInvalidValue;
   const int64_t blocks = items < multiprocessors ? items : multiprocessors;
-  kernel<<<unsigned(blocks), C::kThreads, C::kSmemBytes, stream>>>(p);
+  const KeyBoxes boxes = use_boxes ? make_key_boxes(p, C::kHeadDim, C::kBlockN) : KeyBoxes{};
+  kernel<<<unsigned(blocks), C::kThreads, C::kSmemBytes, stream>>>(p, boxes);
   return cudaGetLastError();
 }
 
