@@ -1,8 +1,9 @@
 // What the instruction budget counts: each stage of the core on fixed inputs, once, between the markers of
 // insn_count.c.
 //
-//   insn_cases [FILTER]   a line a case, in the order of the regions: name, unit, number of units (tab separated)
-//   insn_cases --isas     the ISAs that this machine runs, one a line
+//   insn_cases [PART...]   a line a case, in the order of the regions: name, unit, number of units (tab separated);
+//                          only cases whose names have every PART
+//   insn_cases --isas      the ISAs that this machine runs, one a line
 //
 // Shape: 8 query heads, 8 or 2 KV heads, head_dim 128, chunks of 16 tokens; query blocks of 64 and 1024 kept keys of
 // 4096. Units are the least work that the answer needs. The attention cases read 1024 keys in runs of 16 and more, all
@@ -26,6 +27,7 @@ using dhsa::Tensor;
 
 constexpr int64_t kHeads = 8, kLength = 4096, kHeadDim = 128, kChunk = 16, kQBlock = 64, kBudget = 1024;
 constexpr int64_t kChunks = kLength / kChunk;
+constexpr int64_t kPeriod = 65560;  // inputs repeat after so many numbers, no whole number of rows
 constexpr struct {
   DType dtype;
   const char* name;
@@ -46,11 +48,15 @@ struct Array {
     memory.resize(count * dhsa::element_size(dtype) + 64);
     tensor.data = reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(memory.data()) + 63) / 64 * 64);
     std::minstd_rand generator(static_cast<uint32_t>(count));
-    for (int64_t i = 0; random && i < count; ++i) {
+    for (int64_t i = 0; random && i < std::min(count, kPeriod); ++i) {
       const float x = (static_cast<float>(generator()) * 0x1p-30f - 1.0f) * 1.7320508f;  // variance 1
       if (dtype == DType::kFloat32) tensor.as<float>()[i] = x;
       if (dtype == DType::kFloat16) tensor.as<uint16_t>()[i] = dhsa::half_from_float(x);
       if (dtype == DType::kBFloat16) tensor.as<uint16_t>()[i] = dhsa::bfloat16_from_float(x);
+    }
+    const int64_t size = dhsa::element_size(dtype);  // a copy takes fewer emulated instructions than a draw
+    for (int64_t i = kPeriod; random && i < count; i += kPeriod) {
+      std::memcpy(tensor.as<char>() + i * size, tensor.data, std::min(kPeriod, count - i) * size);
     }
   }
   Array(const Array&) = delete;
@@ -110,11 +116,13 @@ void end_region() { asm volatile("hint #113" ::: "memory"); }
 #error "insn_cases counts ARM64 instructions: compile it with aarch64-linux-gnu-g++"
 #endif
 
-const char* filter = "";
+std::vector<std::string> parts;
 
 template <class P>
 void count(const std::string& name, const char* unit, int64_t units, const P& p) {
-  if (name.find(filter) == std::string::npos) return;
+  for (const std::string& part : parts) {
+    if (name.find(part) == std::string::npos) return;
+  }
   dhsa::check(p);
   const Array workspace(DType::kInt32, {dhsa::cpu::workspace_bytes(p, 1) / 4}, false);
   begin_region();
@@ -354,7 +362,7 @@ int main(int argc, char** argv) {
     std::puts(isas.c_str());
     return 0;
   }
-  if (argc > 1) filter = argv[1];
+  parts.assign(argv + 1, argv + argc);
   dhsa::cpu::isa_active();  // chosen on first use, outside of every region
   count_all();
   return 0;

@@ -80,10 +80,10 @@ inline void add_scaled(Vec* sum, Vec w, R v) {
 }
 
 // clang-format off
-// dot_eights(q, k, row_bytes, index, n, head_dim, scores): scores[i] = q . k[index[i]] for i of [0, n), n a multiple of 8
-// and not 0; each product is one chain over each lane in order of head_dim and then (s0 + s1) + (s2 + s3). In assembly,
-// since compilers copy what a load of four registers brought, and spill. Two of eight keys at a time, so that their
-// chains interleave: v0 to v7 hold keys, v8 to v15 q, v16 to v23 sums, v24 to v27 what is widened. Steps are of 32
+// dot_eights(q, k, row_bytes, index, n, head_dim, scores): scores[i] = q . k[index[i]] for i of [0, n), n a multiple of
+// 8 and not 0; each product is one chain over each lane in order of head_dim and then (s0 + s1) + (s2 + s3). In
+// assembly, since compilers copy what a load of four registers brought, and spill. Two of eight keys at a time, so that
+// their chains interleave: v0 to v7 hold keys, v8 to v15 q, v16 to v23 sums, v24 to v27 what is widened. Steps are of 32
 // elements, then of 8.
 #define DHSA_TWO_KEYS(PRODUCT, k0, k1, s0, s1)                                                      \
   "ld1 {v0.16b-v3.16b}, [%[" #k0 "]], #64\n\tld1 {v4.16b-v7.16b}, [%[" #k1 "]], #64\n\t"            \

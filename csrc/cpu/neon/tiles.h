@@ -1,9 +1,8 @@
 // The hand-written tiles of NEON: a 4 x 4 transpose for packing, and product tiles over panels of 8 columns.
 //
 //   12 x 8  rows of a packed to [k][12]: 24 accumulators, and 8 registers for vectors of a, read by lane, and of b.
-//   Four
-//           steps of k are 96 fused multiply-adds, 10 loads of pairs and 2 instructions of the loop. Packing 12 rows
-//           costs about an instruction per element, and every panel of b shares it.
+//           Four steps of k are 96 fused multiply-adds, 10 loads of pairs and 2 instructions of the loop. Packing 12
+//           rows costs about an instruction per element, and every panel of b shares it.
 //   8 x 8   the same over rows packed to [k][8], for what 12 does not divide: 64, 8 and 2.
 //   8, 4, 2 or 1 rows where they lie, for few rows or few panels: four steps of k in 8 vectors of a, read by lane.
 #pragma once
