@@ -89,6 +89,7 @@ struct SelectKeys {
   Tensor chunk_scores;         // [B, S, nQ, C] float32
   Tensor offsets, num_chunks;  // [B, C + 1] int32, [B] int32
   int64_t seqlen_q = 0, seqlen_k = 0, q_block = 64;
+  Tensor cache_seqlens;  // as in SparseDecode
   KeyChoice choice;
   Tensor runs, num_runs;  // out: [B, S, nQ, R, 2] int32, [B, S, nQ] int32
 };
@@ -100,6 +101,7 @@ struct ChunkMass {
   Tensor k_mean;               // [B, S, C, D] float32
   Tensor offsets, num_chunks;  // [B, C + 1] int32, [B] int32
   int64_t seqlen_k = 0, q_block = 64, q_stride = 8;
+  Tensor cache_seqlens;  // as in SparseDecode
   Softmax softmax;
   Tensor scores, row_lse;  // out: [B, S, nQ, C] float32, [B, H, nQ, ceil(q_block / q_stride)] float32
 };
@@ -111,6 +113,7 @@ struct RefineKeys {
   Tensor row_lse;              // [B, H, nQ, ceil(q_block / q_stride)] float32; not given: score "dot"
   Tensor offsets, num_chunks;  // [B, C + 1] int32, [B] int32
   int64_t q_block = 64, refine = 1, q_stride = 8;
+  Tensor cache_seqlens;  // as in SparseDecode
   KeyChoice choice;
   Softmax softmax;
   Tensor runs, num_runs;  // out: [B, S, nQ, R, 2] int32, [B, S, nQ] int32
@@ -148,6 +151,7 @@ struct SparseDecode {
   Tensor q, k, v;              // [B, H, Lq, D], [B, Hkv, Lk, D] twice
   Tensor k_pooled;             // [B, S, C, D] float32: "sqrt" for score dot, "mean" for mass
   Tensor offsets, num_chunks;  // [B, C + 1] int32, [B] int32
+  Tensor cache_seqlens;        // [B] int32: keys that each row's cache holds, Lk a row's room; not given: all Lk
   ChunkScore score = ChunkScore::kDot;
   int64_t refine = 0;
   KeyChoice choice;

@@ -65,7 +65,10 @@ def valid_call(op, dtype=torch.float32, q_len=70, k_len=90, heads=4, kv_heads=2,
             num_runs=torch.full((2, lists, blocks), 2, dtype=torch.int32), q_block=q_block,
         ),
         "sparse_prefill": dict(q=q, k=k, v=v, budget=40, max_chunks=6, q_block=q_block, **choice, nms_radius=3),
-        "sparse_decode": dict(q=q, k=k, v=v, k_pooled=rand(rng, 2, lists, 7, dim), **chunk, budget=40, **choice),
+        "sparse_decode": dict(
+            q=q, k=k, v=v, k_pooled=rand(rng, 2, lists, 7, dim), **chunk, budget=40, **choice,
+            cache_seqlens=torch.tensor([k_len, k_len // 2], dtype=torch.int32),
+        ),
     }[op]  # fmt: skip
 
 

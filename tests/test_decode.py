@@ -135,6 +135,39 @@ def test_cache_view_longer_than_its_tokens(ops, rng, dtype):
     assert torch.equal(one[0], two[0]) and torch.equal(one[1], two[1])
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("more", [{}, dict(window=90), dict(softcap=4.0, S=1)], ids=["plain", "window", "softcap"])
+def test_cache_seqlens_equal_caches_of_those_lengths(ops, rng, mode, dtype, more):
+    """Rows of 0, 2, 130 and 300 of 300 keys, two new queries: what lies past them, NaN here, is not read."""
+    case = Case("ragged", "", Lq=2, **(BASE | dict(B=4) | more))
+    q, k, v = qkv(case, rng, dtype)
+    held = torch.tensor([0, 2, 130, 300], dtype=torch.int32)
+    offsets, counts = chunks(rng, 4, 300, covered=290)
+    offsets = torch.minimum(offsets, held[:, None])
+    pooled = reference.chunk_pool(k, offsets, counts, case.S, "mean" if MODES[mode]["score"] == "mass" else "sqrt")
+    for b, n in enumerate(held.tolist()):
+        k[b, :, n:], v[b, :, n:] = float("nan"), float("nan")
+    options = dict(sink=4, local=16, window=case.window, softcap=case.softcap, **MODES[mode])
+    out, lse = ops.sparse_decode(q, k, v, pooled, offsets, counts, 60, cache_seqlens=held, **options)
+    for b, n in enumerate(held.tolist()):
+        row = slice(b, b + 1)
+        cache = (k[row, :, :n], v[row, :, :n], pooled[row], offsets[row], counts[row])
+        same_attention((out[row], lse[row]), ops.sparse_decode(q[row], *cache, 60, **options), dtype)
+
+
+@pytest.mark.parametrize("held, meant", [(-5, 0), (2**31 - 1, 300)])
+def test_cache_seqlens_out_of_range_are_clamped(run, rng, held, meant):
+    case = Case("clamped", "", Lq=1, **BASE)
+    q, k, v = qkv(case, rng)
+    given = chunks(rng, 1, 300)
+    one, two = (
+        decode(run, case, q, k, v, *given, MODES["accurate"], cache_seqlens=torch.tensor([n], dtype=torch.int32))
+        for n in (held, meant)
+    )
+    assert torch.equal(one[0], two[0]) and torch.equal(one[1], two[1])
+
+
 def test_decode_equals_prefill_with_blocks_of_one(ops, rng):
     if ops.name == "cuda":
         pytest.skip("CUDA takes q_block 1 in decode only")

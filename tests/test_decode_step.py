@@ -112,40 +112,27 @@ def test_chunks_are_those_of_a_chunk_index(config):
 
 @pytest.mark.parametrize("refine", [0, 4])
 @pytest.mark.parametrize("score", ["dot", "mass"])
-def test_a_new_token_keeps_its_budget(score, refine, monkeypatch):
-    """Recent keys and sinks always, of the others as many as the budget leaves; never one that is not written."""
+def test_a_new_token_attends_as_over_a_cache_of_its_length(score, refine, monkeypatch):
+    """Buffers with room, whose length only the device knows, against views of them that end with the new token."""
     model, _ = build("llama", DHSAConfig("accurate", budget=128, score=score, refine=refine, **SETTINGS))
     ids, _ = prompts("none", batch=2, length=150)
-    kept = []
-    attend = hf.ops.sparse_attention
+    decode, lengths = hf.ops.sparse_decode, []
 
-    def spy(q, k, v, runs, num_runs, q_block, **options):
-        for b in range(q.shape[0]):
-            for s in range(runs.shape[1]):
-                keys: list[int] = []
-                for begin, end in runs[b, s, 0, : num_runs[b, s, 0]].tolist():
-                    keys.extend(range(begin, end))
-                kept.append(keys)
-        return attend(q, k, v, runs, num_runs, q_block, **options)
+    def spy(q, k, v, *chunks, cache_seqlens, **options):
+        (length,) = set(cache_seqlens.tolist())
+        lengths.append(length)
+        out = decode(q, k, v, *chunks, cache_seqlens=cache_seqlens, **options)
+        torch.testing.assert_close(out, decode(q, k[:, :, :length], v[:, :, :length], *chunks, **options))
+        return out
 
     model.set_attn_implementation("dhsa")
     cache = DynamicCache(config=model.config)
     model(ids, past_key_values=cache)
     step = DecodeStep(model, cache, max_new_tokens=80, mode="eager")
-    monkeypatch.setattr(hf.ops, "sparse_attention", spy)
-    reserve = 64 + 4
+    monkeypatch.setattr(hf.ops, "sparse_decode", spy)
     for n in range(80):
-        kept.clear()
-        begins = torch.minimum(step.starts, step._device_length - 8).repeat_interleave(2, 1)  # [L, B * S]
         step(torch.full((2, 1), 5 + n % 7))
-        length = 151 + n
-        for keys, begin in zip(kept, begins.flatten().tolist(), strict=True):
-            assert keys == sorted(set(keys)) and keys[-1] == length - 1 and set(range(4)) <= set(keys)
-            assert set(range(begin, length)) <= set(keys)
-            chosen = len([key for key in keys if key < begin])
-            assert chosen <= 128 - reserve
-            if refine * (128 - reserve) <= begin:
-                assert chosen == 128 - reserve
+    assert lengths == [151 + n for n in range(80) for _ in step.sparse]
 
 
 def test_it_ends_where_its_buffers_end():
@@ -164,5 +151,7 @@ def test_what_is_refused():
     model(prompts("none", length=150)[0], past_key_values=cache)
     with pytest.raises(ValueError, match="mode: expected one of eager, compile, graph, got 'fast'"):
         DecodeStep(model, cache, mode="fast")
-    with pytest.raises(ValueError, match="budget: expected at least 73, the keys always kept"):
-        DecodeStep(model, cache, DHSAConfig("accurate", budget=72, **SETTINGS | dict(sink=5, min_length=0)))
+    short = DynamicCache(config=model.config)
+    model(prompts("none", length=5)[0], past_key_values=short)
+    with pytest.raises(ValueError, match="cache: expected 8 tokens or more, got 5"):
+        DecodeStep(model, short, tight(min_length=0))

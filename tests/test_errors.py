@@ -179,6 +179,8 @@ ROWS = [
     ("sparse_decode", "unknown_score", to(score="sum"), "score"),
     ("sparse_decode", "refine_negative", to(refine=-1), "refine"),
     ("sparse_decode", "min_chunk_0", to(min_chunk=0), "min_chunk"),
+    ("sparse_decode", "cache_seqlens_of_one_row", to(cache_seqlens=zeros(1, dtype=INT)), "cache_seqlens"),
+    ("sparse_decode", "cache_seqlens_of_int64", to(cache_seqlens=zeros(2, dtype=torch.int64)), "cache_seqlens"),
     *choice_rows("sparse_decode", 2 + 5 + 1 - 1),
     *chunk_rows("sparse_decode"),
     *qkv_rows("sparse_decode"),

@@ -93,7 +93,11 @@ def options(op, rng):
             dict(boundary_window=3, nms_radius=5, threshold=0.1, segment=32, select_heads=4, pool="sum"),
             dict(offsets=offsets, num_chunks=num_chunks, max_chunks=None),
         ],
-        "sparse_decode": [dict(softmax, score="mass", refine=2), dict(choice, min_chunk=2)],
+        "sparse_decode": [
+            dict(softmax, score="mass", refine=2),
+            dict(choice, min_chunk=2),
+            dict(cache_seqlens=torch.tensor([90, 41], dtype=torch.int32)),
+        ],
     }.get(op, [])  # fmt: skip
 
 

@@ -347,6 +347,7 @@ void check(const SparseDecode& p) {
   check.like("k_pooled", p.k_pooled, {p.q.shape[0], kAny, kAny, p.q.shape[3]}, DType::kFloat32);
   check.lists("k_pooled", p.k_pooled.shape[1], p.q.shape[1], p.k.shape[1]);
   check.chunks(p.q.shape[0], p.offsets, p.num_chunks, p.k_pooled.shape[2]);
+  if (p.cache_seqlens.given()) check.like("cache_seqlens", p.cache_seqlens, {p.q.shape[0]}, DType::kInt32);
   check.at_least("min_chunk", 1, p.choice.min_chunk);
   check.at_least("refine", 0, p.refine);
   check.choice(clamped(p.choice, p.k.shape[2]), p.q.shape[2], 1);

@@ -99,14 +99,15 @@ void run(const ChunkMass& p, void* workspace, const Executor& executor) {
   executor.run(batch * lists * blocks, [&](int64_t item, int worker) {
     const Scratch scratch = worker_scratch<Scratch>(workers, worker, p);
     const int64_t list = item / blocks, b = list / lists, first_head = list % lists * heads, j = item % blocks;
-    const Block block(j, p.q_block, p.q.shape[2], p.seqlen_k, p.softmax.window);
+    const int64_t held = held_keys(p.cache_seqlens, b, p.seqlen_k);
+    const Block block(j, p.q_block, p.q.shape[2], held, p.softmax.window);
     float* row_lse = p.row_lse.as<float>() + ((b * p.q.shape[1] + first_head) * blocks + j) * samples;
     for (int64_t head = 0; head < heads; ++head) {
       std::fill_n(row_lse + head * blocks * samples, samples, std::numeric_limits<float>::infinity());
     }
     mass_block(kernels, q, b, first_head, heads, {panels + list * packed_floats(p), columns, head_dim, kernels.panel},
-               ChunkList(p.offsets, p.num_chunks, b, p.seqlen_k), CutChunk{}, block, p.q_stride, p.softmax,
-               scratch.scores, row_lse, blocks * samples, scratch.mass);
+               ChunkList(p.offsets, p.num_chunks, b, held), CutChunk{}, block, p.q_stride, p.softmax, scratch.scores,
+               row_lse, blocks * samples, scratch.mass);
     std::copy_n(scratch.scores, columns, p.scores.as<float>() + item * columns);
   });
 }

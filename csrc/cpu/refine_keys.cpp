@@ -114,7 +114,7 @@ void run(const RefineKeys& p, void* workspace, const Executor& executor) {
   const int64_t samples = p.row_lse.given() ? p.row_lse.shape[3] : 0;
   executor.run(p.q.shape[0] * lists * blocks, [&](int64_t item, int worker) {
     const int64_t b = item / (lists * blocks), s = item / blocks % lists, j = item % blocks;
-    const int64_t first_head = s * (p.q.shape[1] / lists);
+    const int64_t first_head = s * (p.q.shape[1] / lists), held = held_keys(p.cache_seqlens, b, seqlen_k);
     const float* row_lse = nullptr;
     if (p.row_lse.given()) {
       row_lse = p.row_lse.as<const float>() + ((b * p.q.shape[1] + first_head) * blocks + j) * samples;
@@ -122,7 +122,7 @@ void run(const RefineKeys& p, void* workspace, const Executor& executor) {
     int32_t* runs = p.runs.as<int32_t>() + item * capacity * 2;
     const int64_t count = refine_block(
         args, b, s, p.chunk_scores.as<const float>() + item * columns, row_lse, blocks * samples,
-        ChunkList(p.offsets, p.num_chunks, b, seqlen_k), Block(j, p.q_block, seqlen_q, seqlen_k, p.choice.window), runs,
+        ChunkList(p.offsets, p.num_chunks, b, held), Block(j, p.q_block, seqlen_q, held, p.choice.window), runs,
         capacity,
         worker_scratch<RefineScratch>(workspace, worker, columns, p.q.shape[3], seqlen_k, p.choice, p.refine));
     std::fill(runs + 2 * count, runs + 2 * capacity, 0);

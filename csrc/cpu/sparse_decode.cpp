@@ -77,9 +77,9 @@ void choose_keys_of(const SparseDecode& p, const Shapes& shapes, const RefineArg
                     const Lists& lists, const ChooseScratch& scratch) {
   const Kernels& kernels = *args.kernels;
   const int64_t list = item / shapes.seqlen_q, b = list / shapes.lists, s = list % shapes.lists;
-  const int64_t heads = shapes.heads.q_heads / shapes.lists;
-  const Block block(item % shapes.seqlen_q, 1, shapes.seqlen_q, shapes.seqlen_k, p.softmax.window);
-  const ChunkList chunks(p.offsets, p.num_chunks, b, shapes.seqlen_k);
+  const int64_t heads = shapes.heads.q_heads / shapes.lists, held = held_keys(p.cache_seqlens, b, shapes.seqlen_k);
+  const Block block(item % shapes.seqlen_q, 1, shapes.seqlen_q, held, p.softmax.window);
+  const ChunkList chunks(p.offsets, p.num_chunks, b, held);
   const PooledKeys pooled{p.k_pooled.as<const float>() + list * shapes.chunks * shapes.head_dim, shapes.chunks,
                           shapes.head_dim, 0};
   const bool mass = p.score == ChunkScore::kMass;
@@ -156,7 +156,9 @@ void run(const SparseDecode& p, void* workspace, const Executor& executor) {
     const int64_t item = i / parts, part = i % parts, list = list_of(item), row = item / shapes.seqlen_q;
     if (part >= parts_of(list)) return;
     const int64_t step = ceil_div(lists.num_keys[list], parts_of(list));
-    attend_part(args, row / groups, row % groups, item % shapes.seqlen_q,
+    AttentionArgs row_args = args;
+    row_args.seqlen_k = held_keys(p.cache_seqlens, row / groups, shapes.seqlen_k);
+    attend_part(row_args, row / groups, row % groups, item % shapes.seqlen_q,
                 {lists.runs + list * shapes.runs * 2, lists.num_runs[list]}, part * step, (part + 1) * step,
                 lists.row_max + i * heads, lists.row_sum + i * heads, lists.acc + i * heads * shapes.head_dim,
                 worker_scratch<AttentionScratch>(scratch, worker, shapes.head_dim));

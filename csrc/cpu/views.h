@@ -50,6 +50,11 @@ struct ChunkList {
   int64_t last_over(int64_t last) const { return std::lower_bound(offsets, offsets + count, last) - offsets; }
 };
 
+// Keys that batch row b holds: cache_seqlens[b], or seqlen_k where none are given.
+inline int64_t held_keys(const Tensor& cache_seqlens, int64_t b, int64_t seqlen_k) {
+  return cache_seqlens.given() ? std::clamp<int64_t>(cache_seqlens.as<const int32_t>()[b], 0, seqlen_k) : seqlen_k;
+}
+
 // One block of queries [first, last], at positions [p0, p1]; its candidates are the keys [begin, end).
 struct Block {
   int64_t first, last, p0, p1, begin, end;

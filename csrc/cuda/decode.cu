@@ -6,11 +6,14 @@
 //   attend_kernel    split over keys: a block takes 64 kept keys for up to four heads of one KV head
 //   merge_kernel     the splits' partial results by their lse
 //
+// Each but the first is launched while the one before still runs (device/early_launch.h).
+//
 // At one query, 128K keys and 8,192 chunks the bytes are 4 MB of chunk vectors a selection head and 8 MB of keys and
 // values: 4 us of memory time, so latency is what counts. float32 throughout; out in q's dtype. A row with no key: out
 // 0, lse -inf.
 #include <algorithm>
 
+#include "cuda/device/early_launch.h"
 #include "cuda/device/load.h"
 #include "cuda/device/scan.h"
 #include "cuda/dispatch.h"
@@ -73,6 +76,7 @@ __global__ void __launch_bounds__(kScoreThreads) score_kernel(ScoreParams p) {
   const int64_t pair = static_cast<int64_t>(blockIdx.z) * p.selection_heads + blockIdx.y;
   const int count = min(max(__ldg(p.num_chunks + blockIdx.z), 0), p.capacity);
   const int first = blockIdx.x * kChunksPerBlock + warp_id() * kChunksPerWarp;
+  let_next_begin();
   if (static_cast<int>(blockIdx.x) * kChunksPerBlock >= count) return;
 
   // A lane holds channels [4 lane, 4 lane + 4) and the same plus 128 of eight chunks, loaded before q is there.
@@ -214,6 +218,7 @@ __global__ void __launch_bounds__(kAttendThreads) attend_kernel(AttendParams p) 
   const int heads = min(kHeads, p.shared_heads - first_in_share), kv_head = head0 / p.group;
   const int s = head0 / (p.heads / p.selection_heads);
   const int group = threadIdx.x / Shape::kLanes;
+  let_next_begin();
   const T* k = static_cast<const T*>(p.k) + batch * p.k_batch + kv_head * p.k_head;
   const T* v = static_cast<const T*>(p.v) + batch * p.v_batch + kv_head * p.v_head;
 
@@ -227,6 +232,7 @@ __global__ void __launch_bounds__(kAttendThreads) attend_kernel(AttendParams p) 
     row_max[h] = kLowest;
   }
 
+  wait_for_previous();
   const int64_t list = (static_cast<int64_t>(batch) * p.selection_heads + s) * p.seqlen_q + u;
   const KeptKeys kept(p, list, scan);
   const int share = (kept.count + p.splits - 1) / p.splits;
@@ -330,6 +336,7 @@ __global__ void merge_kernel(MergeParams p) {
   __shared__ float factors[kMostSplits];
   const int head = blockIdx.x, batch = blockIdx.y / p.seqlen_q, u = blockIdx.y % p.seqlen_q;
   const int64_t first = (static_cast<int64_t>(blockIdx.y) * p.heads + head) * p.splits;
+  wait_for_previous();
   float top = kLowest, sum = 0;
   for (int i = lane_id(); i < p.splits; i += 32) top = fmaxf(top, p.partial_sums[first + i].x);
 #pragma unroll
@@ -376,6 +383,7 @@ Plan make_plan(const SparseDecode& x, void* workspace) {
   plan.select.chunk_scores = contiguous(plan.scores, DType::kFloat32, batch, selection_heads, seqlen_q, capacity);
   plan.select.offsets = x.offsets, plan.select.num_chunks = x.num_chunks;
   plan.select.seqlen_q = seqlen_q, plan.select.seqlen_k = seqlen_k, plan.select.q_block = 1;
+  plan.select.cache_seqlens = plan.mass.cache_seqlens = plan.refine.cache_seqlens = x.cache_seqlens;
   plan.select.choice = x.choice;
   plan.select.runs = contiguous(arena.take<int>(batch * selection_heads * seqlen_q * runs * 2), DType::kInt32, batch,
                                 selection_heads, seqlen_q, runs, 2);
@@ -443,8 +451,7 @@ cudaError_t launch_attend(const SparseDecode& x, const Plan& plan, cudaStream_t 
   const auto launch = [&](auto kernel, int heads) {
     p.head_groups = static_cast<int>(ceil_div(p.shared_heads, heads));
     const dim3 grid(p.splits, p.heads / p.shared_heads * p.head_groups, x.q.shape[0] * p.seqlen_q);
-    kernel<<<grid, kAttendThreads, 0, stream>>>(p);
-    return cudaGetLastError();
+    return launch_early(kernel, grid, kAttendThreads, stream, p);
   };
   return p.shared_heads == 1 ? launch(attend_kernel<T, kHeadDim, 1>, 1) : launch(attend_kernel<T, kHeadDim, 4>, 4);
 }
@@ -455,8 +462,7 @@ cudaError_t launch_merge(const SparseDecode& x, const Plan& plan, cudaStream_t s
   p.out_batch = x.out.stride[0], p.out_head = x.out.stride[1], p.out_token = x.out.stride[2];
   p.seqlen_q = static_cast<int>(x.q.shape[2]), p.heads = static_cast<int>(x.q.shape[1]);
   p.head_dim = static_cast<int>(x.q.shape[3]), p.splits = static_cast<int>(plan.splits);
-  merge_kernel<T><<<dim3(p.heads, x.q.shape[0] * p.seqlen_q), p.head_dim, 0, stream>>>(p);
-  return cudaGetLastError();
+  return launch_early(merge_kernel<T>, dim3(p.heads, x.q.shape[0] * p.seqlen_q), p.head_dim, stream, p);
 }
 
 }  // namespace
@@ -471,7 +477,9 @@ cudaError_t run(const SparseDecode& x, void* workspace, cudaStream_t stream) {
     cudaError_t error =
         x.score == ChunkScore::kMass ? run(plan.mass, plan.mass_workspace, stream) : launch_scores<T>(x, plan, stream);
     if (error == cudaSuccess) {
-      error = x.refine > 0 ? run(plan.refine, plan.refine_workspace, stream) : run(plan.select, nullptr, stream);
+      const Slab all = {0, x.q.shape[0] * x.k_pooled.shape[1], 0, x.q.shape[2]};
+      error = x.refine > 0 ? run(plan.refine, plan.refine_workspace, stream)
+                           : run_select_keys(plan.select, all, stream, true);
     }
     if (error != cudaSuccess) return error;
     switch (x.q.shape[3]) {

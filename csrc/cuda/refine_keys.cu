@@ -179,8 +179,9 @@ __global__ void __launch_bounds__(kThreads, 4) coarse_kernel(RefineParams p) {
   __shared__ Shared shared;
   const Shortlist shortlist(p);
   const List list(p);
-  const Chunks chunks(p.offsets, p.num_chunks, list.batch, p.capacity, p.rules.seqlen_k);
-  const Candidates keys(p.rules, list.block, chunks.begin(chunks.count));
+  const int held = p.rules.held(list.batch);
+  const Chunks chunks(p.offsets, p.num_chunks, list.batch, p.capacity, held);
+  const Candidates keys(p.rules, held, list.block, chunks.begin(chunks.count));
   if (keys.all_kept()) {
     int* runs = p.runs + list.row * p.run_capacity * 2;
     const int count = keys.begin < keys.end;
@@ -200,8 +201,9 @@ __global__ void __launch_bounds__(kThreads, 4) fine_kernel(RefineParams p) {
   const List list(p);
   const int n = *shortlist.count;
   if (n < 0) return;
-  const Chunks chunks(p.offsets, p.num_chunks, list.batch, p.capacity, p.rules.seqlen_k);
-  const Candidates keys(p.rules, list.block, chunks.begin(chunks.count));
+  const int held = p.rules.held(list.batch);
+  const Chunks chunks(p.offsets, p.num_chunks, list.batch, p.capacity, held);
+  const Candidates keys(p.rules, held, list.block, chunks.begin(chunks.count));
   mark_kept(shortlist, n, keys.want, shared);
   int* runs = p.runs + list.row * p.run_capacity * 2;
   finish_list(p, list, write_runs(keys, shortlist, n, runs, p.run_capacity, shared));
@@ -262,6 +264,7 @@ cudaError_t run_refine_keys(const RefineKeys& x, const float* q_pooled, void* sc
   p.scratch = static_cast<char*>(scratch), p.scratch_bytes = Shortlist::bytes(short_list_limit(x));
   p.rules = {clamp(x.q.shape[2]),  clamp(x.k.shape[2]),   clamp(x.q_block),       clamp(x.choice.budget),
              clamp(x.choice.sink), clamp(x.choice.local), clamp(x.choice.window), clamp(x.choice.dense_tail)};
+  p.rules.cache_seqlens = x.cache_seqlens.given() ? x.cache_seqlens.as<int>() : nullptr;
   p.sampled = {p.rules.seqlen_q, p.rules.q_block, clamp(x.q_stride), clamp(ceil_div(x.q_block, x.q_stride))};
   p.refine = clamp(x.refine), p.capacity = clamp(x.chunk_scores.shape[3]), p.run_capacity = clamp(x.runs.shape[3]);
   p.query_blocks = clamp(x.runs.shape[2]), p.selection_heads = clamp(selection_heads);

@@ -27,7 +27,8 @@ cudaError_t run_chunk_scores(const Tensor& q_pooled, const Tensor& k_pooled, flo
 
 // select_keys over the slab: x.chunk_scores' data is the slab's, its shape the whole's. Reads no score of a chunk that
 // begins after the block's last query.
-cudaError_t run_select_keys(const SelectKeys& x, const Slab&, cudaStream_t);
+// early: only the kernel before this one in the stream writes the scores, and it writes no other input.
+cudaError_t run_select_keys(const SelectKeys& x, const Slab&, cudaStream_t, bool early = false);
 
 // chunk_mass over the slab: x.scores' data is the slab's, its shape the whole's, x.row_lse the whole's. strict_k: k
 // [B, Hkv, Lk, D] where the chunk that holds p1 counts as if it ended there, else null. run_mass_means comes first,

@@ -8,6 +8,7 @@
 #include <algorithm>
 
 #include "cuda/device/chunk_selection.h"
+#include "cuda/device/early_launch.h"
 #include "cuda/dispatch.h"
 #include "cuda/launch.h"
 #include "cuda/router.h"
@@ -125,19 +126,23 @@ __global__ void __launch_bounds__(kThreads, 1024 / kThreads) select_keys_kernel(
   const int pair = p.first_pair + static_cast<int>(slab_row / p.blocks);
   const int block = p.first_block + static_cast<int>(slab_row % p.blocks);
   const int64_t row = static_cast<int64_t>(pair) * p.query_blocks + block;
-  const Chunks chunks(p.offsets, p.num_chunks, pair / p.selection_heads, p.capacity, p.rules.seqlen_k);
-  const Candidates keys(p.rules, block, chunks.begin(chunks.count));
+  const int batch = pair / p.selection_heads, held = p.rules.held(batch);
+  const Chunks chunks(p.offsets, p.num_chunks, batch, p.capacity, held);
+  const Candidates keys(p.rules, held, block, chunks.begin(chunks.count));
   const RunWriter out = {p.runs + row * p.run_capacity * 2, p.run_capacity, shared.last};
 
+  // Bounds do not depend on scores: they are found before the kernel that writes those is done.
+  if (!keys.all_kept() && warp_id() < 2) {  // two searches at once: each is a chain of dependent loads
+    const int bound = chunks.first_bound_at_or_after(warp_id() == 0 ? keys.free_begin + 1 : keys.free_end);
+    if (lane_id() == 0) shared.last[warp_id()] = bound;
+  }
+  let_next_begin();
+  wait_for_previous();
   int count;
   if (keys.all_kept()) {
     count = keys.begin < keys.end;
     if (count > 0 && threadIdx.x == 0) out.write(0, keys.begin, 2), out.write(1, keys.end, 2);
   } else {
-    if (warp_id() < 2) {  // two searches at once: each is a chain of dependent loads
-      const int bound = chunks.first_bound_at_or_after(warp_id() == 0 ? keys.free_begin + 1 : keys.free_end);
-      if (lane_id() == 0) shared.last[warp_id()] = bound;
-    }
     __syncthreads();
     const int first = max(shared.last[0] - 1, 0), last = min(shared.last[1], chunks.count);
     __syncthreads();
@@ -157,7 +162,7 @@ __global__ void __launch_bounds__(kThreads, 1024 / kThreads) select_keys_kernel(
 
 }  // namespace
 
-cudaError_t run_select_keys(const SelectKeys& x, const Slab& slab, cudaStream_t stream) {
+cudaError_t run_select_keys(const SelectKeys& x, const Slab& slab, cudaStream_t stream, bool early) {
   const auto clamp = [](int64_t n) { return static_cast<int>(std::min<int64_t>(n, INT32_MAX / 2)); };
   Params p = {};
   p.scores = x.chunk_scores.as<float>();
@@ -165,6 +170,7 @@ cudaError_t run_select_keys(const SelectKeys& x, const Slab& slab, cudaStream_t 
   p.runs = x.runs.as<int>(), p.num_runs = x.num_runs.as<int>();
   p.rules = {clamp(x.seqlen_q),    clamp(x.seqlen_k),     clamp(x.q_block),       clamp(x.choice.budget),
              clamp(x.choice.sink), clamp(x.choice.local), clamp(x.choice.window), clamp(x.choice.dense_tail)};
+  p.rules.cache_seqlens = x.cache_seqlens.given() ? x.cache_seqlens.as<int>() : nullptr;
   p.capacity = static_cast<int>(x.chunk_scores.shape[3]), p.run_capacity = static_cast<int>(x.runs.shape[3]);
   p.query_blocks = static_cast<int>(x.runs.shape[2]), p.selection_heads = static_cast<int>(x.runs.shape[1]);
   p.first_pair = static_cast<int>(slab.first_pair), p.first_block = static_cast<int>(slab.first_block);
@@ -172,12 +178,12 @@ cudaError_t run_select_keys(const SelectKeys& x, const Slab& slab, cudaStream_t 
   const int64_t lists = slab.pairs * slab.blocks;
   if (lists == 0) return cudaSuccess;
   // Few lists: a call cannot fill the GPU, so each list gets more threads.
-  if (lists <= 128) {
-    select_keys_kernel<1024><<<lists, 1024, 0, stream>>>(p);
-  } else {
-    select_keys_kernel<256><<<lists, 256, 0, stream>>>(p);
-  }
-  return cudaGetLastError();
+  const auto launch = [&](auto kernel, int threads) {
+    if (early) return launch_early(kernel, lists, threads, stream, p);
+    kernel<<<lists, threads, 0, stream>>>(p);
+    return cudaGetLastError();
+  };
+  return lists <= 128 ? launch(select_keys_kernel<1024>, 1024) : launch(select_keys_kernel<256>, 256);
 }
 
 int64_t workspace_bytes(const SelectKeys&) { return 0; }

@@ -397,7 +397,8 @@ py::tuple sparse_prefill(const Object& q, const Object& k, const Object& v, int6
 py::tuple sparse_decode(const Object& q, const Object& k, const Object& v, const Object& k_pooled,
                         const Object& offsets, const Object& num_chunks, int64_t budget, const std::string& score,
                         int64_t refine, int64_t sink, int64_t local, int64_t min_chunk, std::optional<double> scale,
-                        double softcap, std::optional<int64_t> window, const Text& dtype, int threads) {
+                        double softcap, std::optional<int64_t> window, const Object& cache_seqlens, const Text& dtype,
+                        int threads) {
   Call call("sparse_decode", dtype, threads);
   SparseDecode p;
   p.q = call("q", q);
@@ -406,6 +407,7 @@ py::tuple sparse_decode(const Object& q, const Object& k, const Object& v, const
   p.k_pooled = call("k_pooled", k_pooled);
   p.offsets = call("offsets", offsets);
   p.num_chunks = call("num_chunks", num_chunks);
+  p.cache_seqlens = call.optional("cache_seqlens", cache_seqlens);
   p.score = call.chunk_score(score);
   p.refine = refine;
   p.choice = {budget, sink, local, call.window(window), 0, min_chunk};

@@ -341,7 +341,7 @@ struct Ops {
                             const TorchTensor& k_pooled, const TorchTensor& offsets, const TorchTensor& num_chunks,
                             int64_t budget, const std::string& score, int64_t refine, int64_t sink, int64_t local,
                             int64_t min_chunk, std::optional<double> scale, double softcap,
-                            std::optional<int64_t> window) {
+                            std::optional<int64_t> window, MaybeTensor cache_seqlens) {
     Arguments args("sparse_decode");
     SparseDecode p;
     p.q = args("q", q);
@@ -350,6 +350,7 @@ struct Ops {
     p.k_pooled = args("k_pooled", k_pooled);
     p.offsets = args("offsets", offsets);
     p.num_chunks = args("num_chunks", num_chunks);
+    p.cache_seqlens = args("cache_seqlens", cache_seqlens);
     p.score = chunk_score(args, score);
     p.refine = refine;
     p.choice = {budget, sink, local, args.window(window), 0, min_chunk};

@@ -276,8 +276,9 @@ def sparse_prefill(
 
 
 def sparse_decode(
-    q, k, v, k_pooled, offsets, num_chunks, budget, score, refine, sink, local, min_chunk, softcap, window
-) -> None:
+    q, k, v, k_pooled, offsets, num_chunks, budget, score, refine, sink, local, min_chunk, softcap, window,
+    cache_seqlens,
+) -> None:  # fmt: skip
     op = "sparse_decode"
     _qkv(op, q, k, v)
     if q.shape[2] > MAX_DECODE_QUERIES:
@@ -286,9 +287,11 @@ def sparse_decode(
     _like(op, "k_pooled", k_pooled, (q.shape[0], None, None, q.shape[3]), torch.float32)
     _lists(op, "k_pooled", k_pooled.shape[1], q.shape[1], k.shape[1])
     _chunks(op, q.shape[0], offsets, num_chunks, k_pooled.shape[2])
+    if cache_seqlens is not None:
+        _like(op, "cache_seqlens", cache_seqlens, (q.shape[0],), torch.int32)
     _at_least(op, 1, min_chunk=min_chunk)
     _at_least(op, 0, refine=refine)
     k_len = k.shape[2]
     _choice(op, q.shape[2], 1, budget, torch.sym_min(sink, k_len), torch.sym_min(local, k_len), window, 0)
     _softcap(op, softcap)
-    _same_device(op, q, k_pooled=k_pooled, offsets=offsets, num_chunks=num_chunks)
+    _same_device(op, q, k_pooled=k_pooled, offsets=offsets, num_chunks=num_chunks, cache_seqlens=cache_seqlens)

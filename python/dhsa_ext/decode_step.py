@@ -9,17 +9,8 @@
 Keys and values move to buffers of a fixed length N, filled up to a position that lives on the device; so do the chunks
 of every global layer. Nothing here waits for the device, and no shape changes from token to token.
 
-What a new token attends to, of n keys, the new one included (decode "sparse"):
-
-    recent      keys m ... n - 1, always: the open tail, and the nearest `local`; m = min(tail's start, n - local)
-    sink        the first ones, always
-    chosen      of the others, by the stages of sparse_decode, until `budget` less the largest number of recent keys
-
-sparse_decode itself takes the keys' length from a shape. Here it is data: keys from m on are one last chunk whose score
-is -inf, so it is chosen last, what is chosen of it is cut off, and the recent ones are added as one run; keys past n
-are NaN, which refine_keys ranks last. The budget holds as many recent keys as there can be, so up to
-max(local, 64 + window) - local fewer others are kept than sparse_decode keeps. A cut is decided as in
-ChunkIndex.extend, for all layers together after the last of them, and counts from the next token on.
+A new token keeps what sparse_decode keeps (decode "sparse"); how many keys the buffers hold is its cache_seqlens. A cut
+is decided as in ChunkIndex.extend, for all layers together after the last of them, and counts from the next token on.
 
 Rows of a batch have one length and no padding. decode "dense" keeps every key by one run; sliding windows are rings.
 """
@@ -87,7 +78,7 @@ class DecodeStep:
             if not dense and window is None and (self.config.layers is None or i in self.config.layers)
         ]
         if self.sparse:
-            self._check_budget()
+            self._check_length()
         self._fill_buffers(cache)
         if self.sparse:
             self._stack_indices([self._index_of(modules[i], self.keys[i]) for i in self.sparse])
@@ -107,11 +98,15 @@ class DecodeStep:
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float | None, softcap: float) -> Tensor:
         if layer in self.sparse:
-            runs, num_runs = self._choose(self.sparse.index(layer), q, k, scale, softcap)
-        else:  # one run over all that was written
-            end = self._device_length.clamp(max=k.shape[2])
-            runs = torch.cat([torch.zeros_like(end), end]).expand(k.shape[0], 1, 1, 1, 2).contiguous()
-            num_runs = torch.ones_like(runs[..., 0, 0])
+            i = self.sparse.index(layer)
+            return ops.sparse_decode(
+                q, k, v, self.pooled[i], self.offsets[i], self.num_chunks[i], **self.config.decode_args(),
+                scale=scale, softcap=softcap, cache_seqlens=self._cache_seqlens,
+            )  # fmt: skip
+        # One run over all that was written.
+        end = self._device_length.clamp(max=k.shape[2])
+        runs = torch.cat([torch.zeros_like(end), end]).expand(k.shape[0], 1, 1, 1, 2).contiguous()
+        num_runs = torch.ones_like(runs[..., 0, 0])
         return ops.sparse_attention(q, k, v, runs, num_runs, 1, scale=scale, softcap=softcap)
 
     # ---- one token
@@ -138,11 +133,7 @@ class DecodeStep:
         return logits
 
     def _forward(self) -> Tensor:
-        if self.sparse:
-            # For every sparse layer: chunks end where the recent keys begin, and one more chunk holds all the rest.
-            self._begin = torch.minimum(self.starts, self._device_length - self.config.local).clamp_(min=0)  # [L, B]
-            offsets = torch.minimum(self.offsets, self._begin[..., None])
-            self._cut_offsets = F.pad(offsets, (0, 1), value=self.capacity)
+        self._cache_seqlens = self._device_length.expand(self._ids.shape[0]).contiguous()
         logits = self.model(
             self._ids, position_ids=self.position.expand(self._ids.shape[0], 1), past_key_values=self, use_cache=True
         ).logits  # fmt: skip
@@ -151,30 +142,6 @@ class DecodeStep:
         self.position += 1
         self._device_length += 1
         return logits
-
-    def _choose(self, i: int, q: Tensor, k: Tensor, scale: float | None, softcap: float) -> tuple[Tensor, Tensor]:
-        """Runs [B, S, 1, R, 2] of the i-th sparse layer's new token."""
-        config, offsets, num_chunks, row_lse = self.config, self.offsets[i], self.num_chunks[i], None
-        if config.score == "mass":
-            scores, row_lse = ops.chunk_mass(
-                q, self.pooled[i], offsets, num_chunks, self.capacity, 1, config.q_stride, scale=scale, softcap=softcap
-            )
-        else:
-            scores = ops.chunk_scores(ops.query_pool(q, self.pooled.shape[2], 1), self.pooled[i])
-        chunks = (F.pad(scores, (0, 1), value=-torch.inf), self._cut_offsets[i], self._all_chunks)
-        if config.refine:
-            runs, num_runs = ops.refine_keys(
-                q, k, chunks[0], row_lse, chunks[1], chunks[2], 1, self._budget, config.refine,
-                sink=config.sink, local=0, q_stride=config.q_stride, scale=scale, softcap=softcap,
-            )  # fmt: skip
-        else:
-            runs, num_runs = ops.select_keys(*chunks, 1, self.capacity, 1, self._budget, sink=config.sink, local=0)
-        begin = self._begin[i].view(-1, 1, 1, 1, 1)
-        runs = F.pad(torch.minimum(runs, begin), (0, 0, 0, 1))
-        recent = torch.cat([begin, self._device_length.expand_as(begin)], -1)
-        at = num_runs[..., None, None].long()
-        runs.scatter_(3, at.expand(*at.shape[:4], 2), recent.expand(*at.shape[:4], 2))
-        return runs, num_runs + 1
 
     def _decide_cuts(self) -> None:
         """ChunkIndex.extend by one key, for all rows of all sparse layers at once."""
@@ -226,26 +193,20 @@ class DecodeStep:
 
     # ---- state
 
-    def _check_budget(self) -> None:
-        config, least = self.config, 2 * self.config.boundary_window
-        recent = max(config.local, MAX_OPEN_CHUNK + config.boundary_window)
-        self._budget = config.budget - recent
-        if self._budget < config.sink or self.length < least:
-            raise ValueError(
-                f"dhsa_ext.DecodeStep: budget: expected at least {config.sink + recent}, the keys always kept, "
-                f"and a prompt of {least} tokens or more, got {config.budget} and {self.length}"
-            )
+    def _check_length(self) -> None:
+        least = 2 * self.config.boundary_window  # the tokens around a cut
+        if self.length < least:
+            raise ValueError(f"dhsa_ext.DecodeStep: cache: expected {least} tokens or more, got {self.length}")
 
     def _fill_buffers(self, cache: DynamicCache) -> None:
         """Each layer's keys and values into its buffer, one layer after the other: two copies of one exist at most.
 
-        Sparse layers share one tensor [L, B, Hkv, N, D]. What is not written yet is NaN in their keys.
+        Sparse layers share one tensor [L, B, Hkv, N, D].
         """
         if self.sparse:
             first = cache.layers[self.sparse[0]].keys
             shape = (len(self.sparse), *first.shape[:2], self.capacity, first.shape[3])
             self._stacked_keys, stacked_values = first.new_zeros(shape), first.new_zeros(shape)
-            self._stacked_keys[:, :, :, self.length :] = torch.nan
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
         for i, window in enumerate(self.windows):
@@ -279,7 +240,6 @@ class DecodeStep:
         config = self.config
         new = (self.capacity - self.length) // (config.nms_radius + 1) + 2
         room = max(int(x.num_chunks.max()) for x in indices) + new
-        device = indices[0].offsets.device
 
         def padded(x: Tensor, dim: int, size: int) -> Tensor:
             x = x.narrow(dim, 0, min(size, x.shape[dim]))
@@ -294,7 +254,6 @@ class DecodeStep:
         self.pooled = torch.stack([padded(x.pooled, 2, room) for x in indices])
         self.bars = torch.stack([x.bars for x in indices])
         self._scale = indices[0].scale
-        self._all_chunks = torch.full((self.offsets.shape[1],), room + 1, dtype=torch.int32, device=device)
 
 
 class _Registered:

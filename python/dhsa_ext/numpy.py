@@ -328,6 +328,7 @@ def sparse_decode(
     scale: float | None = None,
     softcap: float = 0.0,
     window: int | None = None,
+    cache_seqlens: Ints | None = None,
     return_lse: bool = False,
     dtype: DType = None,
     threads: int | None = None,
@@ -335,11 +336,12 @@ def sparse_decode(
     """Lq <= 16 new queries over a cache whose chunks are known, each choosing `budget` keys of its own.
 
     q [B, H, Lq, D], k and v [B, Hkv, Lk, D], k_pooled float32 [B, S, C, D] (chunk_pool "sqrt" for score "dot", "mean"
-    for "mass"). Returns as `sparse_prefill`.
+    for "mass"), cache_seqlens int32 [B]: the keys that each row's cache holds, where Lk is its room. Returns as
+    `sparse_prefill`.
     """
     out, lse = _numpy.sparse_decode(
         q, k, v, k_pooled, offsets, num_chunks, budget, score, refine, sink, local, min_chunk, scale, softcap, window,
-        dtype, _threads(threads),
+        cache_seqlens, dtype, _threads(threads),
     )  # fmt: skip
     return (out, lse) if return_lse else out
 

@@ -48,7 +48,7 @@ SCHEMAS = (
     "int? window=None) -> (Tensor out, Tensor lse)",
     "sparse_decode(Tensor q, Tensor k, Tensor v, Tensor k_pooled, Tensor offsets, Tensor num_chunks, SymInt budget, "
     '*, str score="dot", int refine=0, int sink=16, int local=64, int min_chunk=1, float? scale=None, '
-    "float softcap=0.0, int? window=None) -> (Tensor out, Tensor lse)",
+    "float softcap=0.0, int? window=None, Tensor? cache_seqlens=None) -> (Tensor out, Tensor lse)",
 )
 OPS = tuple(schema.split("(")[0] for schema in SCHEMAS)
 
@@ -175,11 +175,12 @@ def _(
 @torch.library.register_fake("dhsa::sparse_decode", lib=library)
 def _(
     q, k, v, k_pooled, offsets, num_chunks, budget, *,
-    score="dot", refine=0, sink=16, local=64, min_chunk=1, scale=None, softcap=0.0, window=None,
+    score="dot", refine=0, sink=16, local=64, min_chunk=1, scale=None, softcap=0.0, window=None, cache_seqlens=None,
 ):  # fmt: skip
     checks.sparse_decode(
-        q, k, v, k_pooled, offsets, num_chunks, budget, score, refine, sink, local, min_chunk, softcap, window
-    )
+        q, k, v, k_pooled, offsets, num_chunks, budget, score, refine, sink, local, min_chunk, softcap, window,
+        cache_seqlens,
+    )  # fmt: skip
     return _attention_outputs(q)
 
 
@@ -449,8 +450,11 @@ def sparse_decode(
     """Lq <= 16 new queries over a cache whose chunks are known, each choosing `budget` keys of its own.
 
     q [B, H, Lq, D], k and v [B, Hkv, Lk, D], k_pooled float32 [B, S, C, D] (chunk_pool "sqrt" for score "dot", "mean"
-    for "mass"). Options: score, refine, sink 16, local 64, min_chunk 1, scale, softcap, window. Returns as
-    `sparse_prefill`.
+    for "mass"). Options: score, refine, sink 16, local 64, min_chunk 1, scale, softcap, window, cache_seqlens. Returns
+    as `sparse_prefill`.
+
+    cache_seqlens, int32 [B], says how many keys each row's cache holds, the new ones included; Lk is its room then, and
+    what lies past them is not read. The result is that of k[b, :, : cache_seqlens[b]], without its length on the host.
     """
     out, lse = _ops.sparse_decode(q, k, v, k_pooled, offsets, num_chunks, budget, **options)
     return (out, lse) if return_lse else out

@@ -226,6 +226,7 @@ def sparse_decode(
     scale: float | None = None,
     softcap: float = 0.0,
     window: int | None = None,
+    cache_seqlens: Tensor | None = None,
     return_lse: Literal[False] = False,
 ) -> Tensor: ...
 @overload
@@ -246,6 +247,7 @@ def sparse_decode(
     scale: float | None = None,
     softcap: float = 0.0,
     window: int | None = None,
+    cache_seqlens: Tensor | None = None,
     return_lse: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...
 @overload
@@ -266,5 +268,6 @@ def sparse_decode(
     scale: float | None = None,
     softcap: float = 0.0,
     window: int | None = None,
+    cache_seqlens: Tensor | None = None,
     return_lse: bool,
 ) -> Tensor | tuple[Tensor, Tensor]: ...

@@ -606,10 +606,23 @@ def sparse_decode(
     scale: float | None = None,
     softcap: float = 0.0,
     window: int | None = None,
+    cache_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     checks.sparse_decode(
-        q, k, v, k_pooled, offsets, num_chunks, budget, score, refine, sink, local, min_chunk, softcap, window
-    )
+        q, k, v, k_pooled, offsets, num_chunks, budget, score, refine, sink, local, min_chunk, softcap, window,
+        cache_seqlens,
+    )  # fmt: skip
+    if cache_seqlens is not None:
+        options: dict[str, Any] = dict(
+            score=score, refine=refine, sink=sink, local=local, min_chunk=min_chunk, scale=scale, softcap=softcap,
+            window=window,
+        )  # fmt: skip
+        out, lse = torch.empty_like(q), torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+        for b, held in enumerate(cache_seqlens.clamp(0, k.shape[2]).tolist()):
+            row = slice(b, b + 1)
+            cache = (k[row, :, :held], v[row, :, :held], k_pooled[row], offsets[row], num_chunks[row])
+            out[row], lse[row] = sparse_decode(q[row], *cache, budget, **options)
+        return out, lse
     q_len, k_len = q.shape[2], k.shape[2]
     sink, local = min(sink, k_len), min(local, k_len)
     row_lse = None

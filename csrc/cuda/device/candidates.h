@@ -8,6 +8,9 @@ namespace dhsa::cuda {
 struct KeyRules {
   int seqlen_q, seqlen_k, q_block;
   int budget, sink, local, window, dense_tail;
+  const int* cache_seqlens = nullptr;  // [B], or null
+
+  __device__ int held(int batch) const { return held_keys(cache_seqlens, batch, seqlen_k); }
 };
 
 // Candidates are keys [begin, end). Forced are [begin, free_begin) and [free_end, end); `want` of the keys between are
@@ -15,9 +18,10 @@ struct KeyRules {
 struct Candidates {
   int begin, end, free_begin, free_end, want;
 
-  __device__ Candidates(const KeyRules& rules, int block, int chunked_end) {
+  // held: the row's keys (KeyRules::held).
+  __device__ Candidates(const KeyRules& rules, int held, int block, int chunked_end) {
     const int first_query = block * rules.q_block, end_query = min(rules.seqlen_q, first_query + rules.q_block);
-    const int shift = rules.seqlen_k - rules.seqlen_q, p0 = shift + first_query;
+    const int shift = held - rules.seqlen_q, p0 = shift + first_query;
     end = max(shift + end_query, 0);
     begin = rules.window > 0 ? min(max(p0 - rules.window + 1, 0), end) : 0;
     free_begin = min(max(begin, rules.sink), end);

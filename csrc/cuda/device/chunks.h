@@ -7,6 +7,11 @@
 
 namespace dhsa::cuda {
 
+// Keys that batch row `batch` holds: cache_seqlens[batch], or seqlen_k where that is null.
+__device__ inline int held_keys(const int* cache_seqlens, int batch, int seqlen_k) {
+  return cache_seqlens == nullptr ? seqlen_k : min(max(__ldg(cache_seqlens + batch), 0), seqlen_k);
+}
+
 struct Chunks {
   const int* offsets;  // [capacity + 1]
   int count;           // clamped to [0, capacity]
