@@ -171,8 +171,10 @@ def one_pass(
     if fixed:
         try:
             result.launches = model_decode.launches(lambda: model(token, past_key_values=cache), device)
-            step = model_decode.fixed_step(model, cache, contestant, device, new_tokens + model_decode.SPARE)
-            result.fixed = model_decode.measure(step, token, new_tokens)
+            parts = model_decode.small_parts_compiled(model) if device == "cuda" else nullcontext()
+            with parts:
+                step = model_decode.fixed_step(model, cache, contestant, device, new_tokens + model_decode.SPARE)
+                result.fixed = model_decode.measure(step, token, new_tokens)
         except Exception as error:
             result.fixed = why(error)
     meter.seconds()

@@ -2,13 +2,16 @@
 
 DHSA decodes through dhsa_ext's DecodeStep, always sparsely. Dense attention gets the best that a graph of it can be:
 its step stands still at one length, so that its own kernel reads exactly that many keys without a mask (PinnedStep).
+On a GPU both have the norms, MLPs and rotary embedding of the model compiled (small_parts_compiled): unfused, those are
+most of its 47 launches a layer, and take as long as the attention.
 """
 
 from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -94,10 +97,27 @@ def _taken(cache: DynamicCache) -> tuple[list[Tensor], list[Tensor]]:
     return [layer.keys for layer in cache.layers], [layer.values for layer in cache.layers]
 
 
+@contextmanager
+def small_parts_compiled(model: Any) -> Iterator[None]:
+    """Norms and MLPs by nn.Module.compile, the rotary embedding's function by torch.compile; undone on leaving."""
+    parts = [m for m in model.modules() if type(m).__name__.endswith(("RMSNorm", "MLP"))]
+    file, rotary = sys.modules[type(model).__module__], "apply_rotary_pos_emb"
+    plain = getattr(file, rotary)
+    for part in parts:
+        part.compile(dynamic=False)
+    setattr(file, rotary, torch.compile(plain, dynamic=False))
+    try:
+        yield
+    finally:
+        setattr(file, rotary, plain)
+        for part in parts:
+            part._compiled_call_impl = None
+
+
 def fixed_step(
     model: Any, cache: DynamicCache, contestant: Any, device: str, tokens: int
 ) -> Callable[[Tensor], Tensor]:
-    """One token in, its logits out; the cache must not be used again."""
+    """One token in, its logits out; the cache must not be used again. On a GPU under small_parts_compiled."""
     torch._dynamo.reset()  # each step is compiled by itself; after 8 of them torch would go on without compiling
     if contestant.config is None or contestant.config.layers == ():
         return PinnedStep(model, cache, contestant.implementation, device)
