@@ -269,18 +269,20 @@ def cpu_model() -> str:
 
 
 def commit() -> str:
-    """The commit, "+" where files other than results differ from it; DHSA_BENCH_COMMIT for a copy without git."""
+    """The commit, "+" where files other than results differ from it; DHSA_BENCH_COMMIT for a copy of the tree."""
 
     def git(*arguments: str) -> str:
         return subprocess.run(
             ("git", *arguments), cwd=ROOT, capture_output=True, text=True, check=True
         ).stdout.strip()  # fmt: skip
 
+    if named := os.environ.get("DHSA_BENCH_COMMIT"):
+        return named
     try:
         head = git("rev-parse", "--short=10", "HEAD")
         return head + ("+" if git("status", "--porcelain", "-uno", "--", ".", ":!bench/results") else "")
     except (OSError, subprocess.CalledProcessError):
-        return os.environ.get("DHSA_BENCH_COMMIT", "unknown")
+        return "unknown"
 
 
 def load() -> str:
