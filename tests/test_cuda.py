@@ -18,6 +18,7 @@ from pipeline import comparable, whole
 
 import dhsa_ext
 from dhsa_ext import reference
+from dhsa_ext.info import facts
 
 pytestmark = pytest.mark.skipif(bool(no_cuda()), reason=no_cuda())
 
@@ -226,6 +227,31 @@ def test_the_whole_pipeline_past_two_to_the_31_elements():
 def test_a_kernel_that_cannot_run_is_refused_by_name(monkeypatch, word):
     monkeypatch.setenv("DHSA_FORCE_CUDA_KERNEL", word)
     with pytest.raises(RuntimeError, match=f"DHSA_FORCE_CUDA_KERNEL: expected sm80, or sm90 .* got '{word}'"):
+        prefill(*prefill_inputs(0, length=200))
+
+
+def test_both_loaders_give_the_same_bits(monkeypatch):
+    """Long runs, whole tiles of which come by TMA on sm_90a, and a budget of every key."""
+    q, k, v = prefill_inputs(3)
+    answers = {}
+    for loader in ("gather", "tma" if facts()["CUDA kernels"] == "sm90" else "auto"):
+        monkeypatch.setenv("DHSA_FORCE_CUDA_LOADER", loader)
+        answers[loader] = prefill(q, k, v), torch.ops.dhsa.sparse_prefill(q, k, v, 3000, **PREFILL)
+    for one, two in zip(*answers.values(), strict=True):
+        same_bits(one, two)
+
+
+@pytest.mark.parametrize(
+    "word, kernel, said",
+    [
+        ("boxes", "", "expected auto, gather or tma, got 'boxes'"),
+        ("tma", "sm80", "expected auto or gather where the sm_90a kernel does not run, got 'tma'"),
+    ],
+)
+def test_a_loader_that_cannot_run_is_refused_by_name(monkeypatch, word, kernel, said):
+    monkeypatch.setenv("DHSA_FORCE_CUDA_LOADER", word)
+    monkeypatch.setenv("DHSA_FORCE_CUDA_KERNEL", kernel)
+    with pytest.raises(RuntimeError, match=f"DHSA_FORCE_CUDA_LOADER: {said}"):
         prefill(*prefill_inputs(0, length=200))
 
 

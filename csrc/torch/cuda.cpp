@@ -7,6 +7,7 @@
 
 #include <cstdlib>
 
+#include "cuda/attention_loader.h"
 #include "cuda/launch.h"
 #include "torch/ops.h"
 
@@ -83,6 +84,17 @@ void check_on_cuda(const SparsePrefill& p) {
 }
 void check_on_cuda(const SparseDecode& p) { check_head_dim("sparse_decode", p.q); }
 
+// Refuses a forced loader that these keys and values cannot have; a call without queries launches nothing.
+template <class Params>
+void check_loader(const Params&) {}
+void check_loader(const Tensor& q, const Tensor& k, const Tensor& v) {
+  if (q.shape[0] * q.shape[1] * q.shape[2] == 0) return;
+  const std::string refusal = cuda::loader_refusal(k, v);
+  if (!refusal.empty()) throw std::runtime_error("dhsa: " + refusal);
+}
+void check_loader(const SparseAttention& p) { check_loader(p.q, p.k, p.v); }
+void check_loader(const SparsePrefill& p) { check_loader(p.q, p.k, p.v); }
+
 struct Cuda {
   template <class Params>
   static void run(const Params& p, const TorchTensor& like) {
@@ -90,6 +102,7 @@ struct Cuda {
     const int32_t device = like.get_device_index();
     const torch::stable::accelerator::DeviceGuard guard(device);
     check_device(device);
+    check_loader(p);
     const int64_t bytes = cuda::workspace_bytes(p);
     const TorchTensor workspace = empty(like, {bytes}, ScalarType::Byte);
     check_cuda(cuda::run(p, bytes > 0 ? workspace.data_ptr() : nullptr, current_stream(device)), "launch");
