@@ -82,8 +82,7 @@ std::string names(bool detected_only) {
   return list;
 }
 
-const Kernels& choose() {
-  const char* forced = std::getenv("DHSA_FORCE_ISA");
+const Kernels& choose(const char* forced) {
   const bool any = forced == nullptr || *forced == '\0';
   const Kernels* best = nullptr;
   for (const Isa& isa : kIsas) {
@@ -96,12 +95,16 @@ const Kernels& choose() {
   return *best;
 }
 
-}  // namespace
-
-const Kernels& active_kernels() {
-  static const Kernels& kernels = choose();
+const Kernels*& active() {
+  static const Kernels* kernels = &choose(std::getenv("DHSA_FORCE_ISA"));
   return kernels;
 }
+
+}  // namespace
+
+const Kernels& active_kernels() { return *active(); }
+
+void force_isa(const char* name) { active() = &choose(name); }
 
 const char* isas_compiled() {
   static const std::string list = names(false);

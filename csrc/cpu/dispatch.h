@@ -1,4 +1,5 @@
-// Which instruction set runs: detected once, or forced by DHSA_FORCE_ISA=scalar|avx2|avx512|avx512bf16|neon|neonbf16.
+// Which instruction set runs: detected once, or forced by DHSA_FORCE_ISA=scalar|avx2|avx512|avx512bf16|neon|
+// neonfhm|neonbf16.
 #pragma once
 
 #include "cpu/kernels.h"
@@ -7,5 +8,8 @@ namespace dhsa::cpu {
 
 // Throws std::runtime_error when DHSA_FORCE_ISA names an ISA that was not compiled or that the machine lacks.
 const Kernels& active_kernels();
+
+// Makes another ISA the active one, while no stage runs: for tests that compare two in one process. Throws likewise.
+void force_isa(const char* name);
 
 }  // namespace dhsa::cpu
