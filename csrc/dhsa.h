@@ -89,9 +89,9 @@ struct SelectKeys {
   Tensor chunk_scores;         // [B, S, nQ, C] float32
   Tensor offsets, num_chunks;  // [B, C + 1] int32, [B] int32
   int64_t seqlen_q = 0, seqlen_k = 0, q_block = 64;
-  Tensor cache_seqlens;  // as in SparseDecode
   KeyChoice choice;
   Tensor runs, num_runs;  // out: [B, S, nQ, R, 2] int32, [B, S, nQ] int32
+  Tensor cache_seqlens;   // in, as in SparseDecode
 };
 int64_t run_capacity(int64_t chunk_capacity, int64_t budget, int64_t min_chunk);  // R of select_keys
 
@@ -101,9 +101,9 @@ struct ChunkMass {
   Tensor k_mean;               // [B, S, C, D] float32
   Tensor offsets, num_chunks;  // [B, C + 1] int32, [B] int32
   int64_t seqlen_k = 0, q_block = 64, q_stride = 8;
-  Tensor cache_seqlens;  // as in SparseDecode
   Softmax softmax;
   Tensor scores, row_lse;  // out: [B, S, nQ, C] float32, [B, H, nQ, ceil(q_block / q_stride)] float32
+  Tensor cache_seqlens;    // in, as in SparseDecode
 };
 
 // 6, accurate: the forced keys, then the best of the first refine * (budget - forced) candidates by their own logits.
@@ -113,10 +113,10 @@ struct RefineKeys {
   Tensor row_lse;              // [B, H, nQ, ceil(q_block / q_stride)] float32; not given: score "dot"
   Tensor offsets, num_chunks;  // [B, C + 1] int32, [B] int32
   int64_t q_block = 64, refine = 1, q_stride = 8;
-  Tensor cache_seqlens;  // as in SparseDecode
   KeyChoice choice;
   Softmax softmax;
   Tensor runs, num_runs;  // out: [B, S, nQ, R, 2] int32, [B, S, nQ] int32
+  Tensor cache_seqlens;   // in, as in SparseDecode
 };
 int64_t refined_run_capacity(int64_t seqlen_k, int64_t budget);  // R of refine_keys
 
