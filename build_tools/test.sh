@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
 # Runs every test that this machine can, then says in a table what ran and what did not, and for each suite left out
 # the command that enables it. DHSA_TEST_REQUIRE=cpp,asan,arm turns the skip of a named suite into a failure.
+# Suites of ARM64 code, none of which needs an ARM machine: arm, the C++ tests under emulation; arm-insns and arm-tiles,
+# counts of instructions and a model's throughput held to budgets (no times); arm-python, the package under emulation.
 # Logs: build/test-logs/<suite>.log. Called by `make test`, which prepares $VENV.
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -10,7 +12,7 @@ export PATH="$venv/bin:$PATH"  # cmake and ninja of the `test` extra, where the 
 logs=build/test-logs
 mkdir -p "$logs"
 
-suites=(python cpp asan arm gpu)
+suites=(python cpp asan arm arm-insns arm-tiles arm-python gpu)
 require=${DHSA_TEST_REQUIRE:-}
 for name in ${require//,/ }; do
   [[ " ${suites[*]} " == *" $name "* ]] ||
@@ -40,12 +42,15 @@ skip() {
   detail[$1]="$2; to enable: $3"
 }
 
-# What a runner counted: pytest's closing line, or GoogleTest's, added up over its binaries and runs.
+# What a runner counted: pytest's closing line, a budget's, or GoogleTest's, added up over its binaries and runs.
 summary() {
-  local pytest
+  local pytest budget
+  budget=$(grep -E '^[a-z]+ budget: ' "$1" | tail -n 1)
   pytest=$(grep -E '^(=+ )?[0-9]+ (passed|failed|skipped|error).* in [0-9.]+s' "$1" | tail -n 1)
   if [[ -n $pytest ]]; then
     sed -E 's/^=+ //; s/ in [0-9.]+s.*//' <<<"$pytest"
+  elif [[ -n $budget ]]; then
+    echo "$budget"
   else
     awk '/^\[  PASSED  \] [0-9]+ test/ {passed += $4; runs++} /^\[  FAILED  \] [0-9]+ test/ {failed += $4}
          END {printf "%d C++ tests passed, %d failed, in %d runs", passed, failed, runs}' "$1"
@@ -80,16 +85,37 @@ else
     "apt-get install g++-aarch64-linux-gnu qemu-user-static googletest"
 fi
 
+if have aarch64-linux-gnu-g++ && have qemu-aarch64; then
+  suite arm-insns "$venv/bin/python" tests/arm/insn_budget.py
+else
+  skip arm-insns "no ARM64 cross-compiler, or no emulator that loads plugins" \
+    "apt-get install g++-aarch64-linux-gnu qemu-user"
+fi
+
+if have aarch64-linux-gnu-g++-11 && have aarch64-linux-gnu-g++-12 && have llvm-mca-19; then
+  suite arm-tiles "$venv/bin/python" tests/arm/tile_budget.py
+else
+  skip arm-tiles "no llvm-mca-19, or not both ARM64 cross-compilers" \
+    "apt-get install llvm-19 g++-11-aarch64-linux-gnu g++-12-aarch64-linux-gnu"
+fi
+
+if have aarch64-linux-gnu-g++ && have qemu-aarch64-static && have mmdebstrap; then
+  suite arm-python env PIP="$venv/bin/python -m pip" tests/run_arm_python.sh
+else
+  skip arm-python "no ARM64 cross-compiler, emulator or mmdebstrap" \
+    "apt-get install g++-aarch64-linux-gnu qemu-user-static mmdebstrap"
+fi
+
 if have nvidia-smi && nvidia-smi -L >/dev/null 2>&1; then
   suite gpu env PYTHON="$venv/bin/python" STEPS="build kernels sanitizer" tests/gpu_check.sh
 else
   skip gpu "no NVIDIA GPU" "make gpu-check, on a machine with one"
 fi
 
-printf '\n%-8s %-8s %8s  %s\n' suite result seconds what
+printf '\n%-10s %-8s %8s  %s\n' suite result seconds what
 passed=0 failed=0 skipped=0
 for name in "${suites[@]}"; do
-  printf '%-8s %-8s %8s  %s\n' "$name" "${result[$name]}" "${seconds[$name]}" "${detail[$name]}"
+  printf '%-10s %-8s %8s  %s\n' "$name" "${result[$name]}" "${seconds[$name]}" "${detail[$name]}"
   case ${result[$name]} in passed) ((++passed)) ;; FAILED) ((++failed)) ;; skipped) ((++skipped)) ;; esac
 done
 # Single Python tests that were skipped, with the reason that each gives.
