@@ -26,7 +26,7 @@ fail() {
 # 2.10.0 is the last torch that brings no CUDA packages on ARM64. Wheels are named one by one: pip would decide what
 # else they need by the markers of this machine.
 torch=(torch==2.10.0 hypothesis sortedcontainers filelock typing_extensions sympy mpmath networkx jinja2 markupsafe fsspec)
-base=(pip setuptools numpy pytest pluggy iniconfig packaging pygments)
+base=(pip setuptools pybind11 numpy pytest pluggy iniconfig packaging pygments)
 wheels() {
   "${pip[@]}" download -q --no-deps --only-binary=:all: --python-version 3.11 --implementation cp \
     --abi cp311 --abi abi3 --abi none --platform manylinux_2_28_aarch64 --platform manylinux_2_27_aarch64 \
@@ -78,7 +78,7 @@ build() { # PIP ARGUMENTS...: pip install . as a user of the board would
 
 say "pip install --no-deps . without torch"
 unpack "${base[@]}"
-build --no-deps
+build --no-deps --no-build-isolation  # an isolated build costs a minute more of emulated pip: the next one is
 grep -q 'only the NumPy module is built' "$work/pip.log" || fail "expected a build that says it has no torch"
 say "the NumPy module as cortex-a72"
 (cd "$source" && ARM_CPU=cortex-a72 "$python" -m pytest -q -p no:cacheprovider --noconftest tests/arm/test_numpy_alone.py)

@@ -170,12 +170,12 @@ struct KeptKeys {
   const int* runs;
   int first_run, last_run, first_key, count, seqlen_k;
 
-  __device__ int begin(int run) const { return min(max(__ldg(runs + 2 * run), 0), seqlen_k); }
-  __device__ int tokens(int run) const { return max(min(__ldg(runs + 2 * run + 1), seqlen_k) - begin(run), 0); }
+  __device__ int begin(int run) const { return min(max(runs[2 * run], 0), seqlen_k); }
+  __device__ int tokens(int run) const { return max(min(runs[2 * run + 1], seqlen_k) - begin(run), 0); }
 
   __device__ KeptKeys(const AttendParams& p, int64_t list, BlockScan<kAttendThreads>& scan)
       : runs(p.runs + list * p.run_capacity * 2), seqlen_k(p.seqlen_k) {
-    const int num_runs = min(max(__ldg(p.num_runs + list), 0), p.run_capacity);
+    const int num_runs = min(max(p.num_runs[list], 0), p.run_capacity);
     const int share = (num_runs + kAttendThreads - 1) / kAttendThreads;
     first_run = min(static_cast<int>(threadIdx.x) * share, num_runs);
     last_run = min(first_run + share, num_runs);

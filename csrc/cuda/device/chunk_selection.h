@@ -34,7 +34,7 @@ struct ChunkSelection {
   SelectionShared<kThreads>& shared;
   Cutoff cutoff = {kNoKey, 0};
 
-  __device__ uint32_t key(int chunk) const { return order_key(__ldg(scores + chunk)); }
+  __device__ uint32_t key(int chunk) const { return order_key(scores[chunk]); }
   __device__ int free_begin(int chunk) const { return max(chunks.begin(chunk), keys.free_begin); }
   __device__ int free_tokens(int chunk) const {
     return max(min(chunks.end(chunk), keys.free_end) - free_begin(chunk), 0);

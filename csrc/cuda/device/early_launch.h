@@ -3,7 +3,8 @@
 // 4 us otherwise.
 //
 // The contract: every thread of a kernel launched by launch_early calls wait_for_previous() before it reads or writes
-// what the kernel before it in the stream touches; what was complete before that one began may be read earlier.
+// what the kernel before it in the stream touches; what was complete before that one began may be read earlier. What
+// that kernel writes is never read by __ldg: the compiler takes such data for constant, and reads it before the wait.
 #pragma once
 
 #include <cuda_runtime.h>
