@@ -8,11 +8,6 @@
 
 namespace dhsa::cuda {
 
-// Brings the map itself, a kernel parameter, into the cache that box copies read it from.
-__device__ inline void prefetch_map(const CUtensorMap* map) {
-  asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
-}
-
 // Starts the copy of the box at (column, row, head, batch) of a 4-D map; its bytes count on the barrier as they land.
 __device__ inline void load_box(uint32_t smem, const CUtensorMap* map, uint32_t barrier, int32_t column, int32_t row,
                                 int32_t head, int32_t batch) {
