@@ -14,12 +14,30 @@ binary=build/aarch64/tests/cpp/dhsa_test
 # Cortex-A72: Raspberry Pi 4, plain armv8-a. Cortex-A76: Raspberry Pi 5, float16 and dot products. max: all there is.
 # Emulation takes 15 times as long: a quarter of the random rounds, and scalar code, which is the same for all, once.
 export DHSA_TEST_ROUNDS=${DHSA_TEST_ROUNDS:-25}
-first=1
+jobs=()
 for cpu in ${CPUS:-cortex-a72 cortex-a76 max}; do
   for isa in $(qemu-aarch64-static -cpu "$cpu" "$binary" --isas); do
-    [[ $isa == scalar && -z $first ]] && continue
-    echo "qemu -cpu $cpu"
-    DHSA_FORCE_ISA=$isa qemu-aarch64-static -cpu "$cpu" "$binary" --gtest_brief=1 "$@"
+    [[ $isa == scalar && ${#jobs[@]} -gt 0 ]] || jobs+=("$cpu $isa")
   done
-  first=
 done
+
+# run CPU ISA [GOOGLETEST ARGUMENTS]: what it prints comes out in one piece, since several run at once.
+run() {
+  local cpu=$1 isa=$2 status=0 printed
+  shift 2
+  printed=$(DHSA_FORCE_ISA=$isa qemu-aarch64-static -cpu "$cpu" "$binary" --gtest_brief=1 "$@" 2>&1) || status=$?
+  printf 'qemu -cpu %s\n%s\n' "$cpu" "$printed"
+  return "$status"
+}
+limit=${JOBS:-2} pids=() status=0
+for i in "${!jobs[@]}"; do
+  if ((i >= limit)); then
+    wait "${pids[i - limit]}" || status=1
+    unset "pids[i - limit]"
+  fi
+  # shellcheck disable=SC2086
+  run ${jobs[i]} "$@" &
+  pids[i]=$!
+done
+for pid in "${pids[@]}"; do wait "$pid" || status=1; done
+exit "$status"
