@@ -1,6 +1,6 @@
 // How keys and values come to the sm_90a attention kernel, forced by an environment variable for tests and timing.
 //
-//   DHSA_FORCE_CUDA_LOADER=auto     as when unset: of a whole tile, neighbouring keys come by TMA, all in one box or by eights;
+//   DHSA_FORCE_CUDA_LOADER=auto     as when unset: of a whole tile, neighbours come by TMA, in one box or by eights;
 //                                   other keys, ragged tiles, and every tile where no tensor maps can be made
 //                                   (sm90/key_boxes.h) come by cp.async
 //                          gather   every key by cp.async
