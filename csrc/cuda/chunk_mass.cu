@@ -4,15 +4,17 @@
 //   scores[c] = mean over the list's heads and their sampled rows u of softmax(z[u])[c] / n_c; other chunks 0
 //   row_lse[u] = logsumexp(z[u]), +inf for a sample that a short block lacks
 //
-// float32 throughout; a z that is NaN or infinite counts as -inf. This file prepares what both families of kernels
-// read (the means as two 16-bit halves, the cut chunks of strict) and picks one: chunk_mass_tiles.cu, or
-// chunk_mass_rows.cu for float32 and for few rows.
+// float32 throughout; a z that is NaN or infinite counts as -inf. This file prepares what the families of kernels read
+// (the means as two 16-bit halves, the cut chunks of strict) and picks one: chunk_mass_wgmma.cu on sm_90a or
+// chunk_mass_tiles.cu, chunk_mass_rows.cu for float32 and for few rows.
 #include <algorithm>
+#include <cstring>
 
 #include "cuda/device/chunks.h"
 #include "cuda/device/load.h"
 #include "cuda/device/logit.h"
 #include "cuda/device/pool_rows.h"
+#include "cuda/device/smem_tile.h"
 #include "cuda/dispatch.h"
 #include "cuda/launch.h"
 #include "cuda/mass.h"
@@ -22,15 +24,17 @@ namespace {
 
 constexpr int kThreads = 256, kWarps = kThreads / 32;
 constexpr int kFewRows = 256;  // of a pair: below, one tile of slots would be mostly empty
+constexpr int kMostDim = 256;
 
 // --- Means as two halves ---------------------------------------------------------------------------------------------
 
 struct SplitParams {
   const float* means;  // [pairs, C, D]
   const int *offsets, *num_chunks;
-  void* parts;      // [pairs, pitch, 2, D]
+  void* parts;      // MassMeans
   float2* columns;  // [pairs, pitch]
   int capacity, pitch, head_dim, selection_heads, seqlen_k, pairs;
+  bool tiled;    // as wgmma wants them
   float factor;  // scale, times log2(e) where no softcap follows
 };
 
@@ -58,13 +62,16 @@ __global__ void __launch_bounds__(kThreads) split_means_kernel(SplitParams p) {
   for (int step = 16; step > 0; step /= 2) largest = fmaxf(largest, __shfl_xor_sync(kFullWarp, largest, step));
   const bool alive = __all_sync(kFullWarp, finite) && tokens > 0;
   const float exponent = largest > 0 && alive ? fminf(fmaxf(static_cast<float>(ilogbf(largest)), -100), 100) : 0;
-  T* to = static_cast<T*>(p.parts) + row * 2 * p.head_dim;
+  const int panels = (p.head_dim + 63) / 64, panel_bytes = kMassTile * 128;
+  const int64_t half = p.tiled ? panels * panel_bytes : p.head_dim * 2;
+  char* to = static_cast<char*>(p.parts) + (p.tiled ? row / kMassTile : row) * 2 * half;
   for (int d = lane_id(); d < p.head_dim; d += 32) {
     const float x = alive ? __ldg(mean + d) * exp2f(-exponent) : 0.0f;
+    const uint32_t at = p.tiled ? SmemTile<kMassTile, kMostDim>::offset(row % kMassTile, d / 8) + d % 8 * 2 : d * 2;
     T high;
     from_float(x, &high);
-    to[d] = high;
-    from_float(x - to_float(high), to + p.head_dim + d);
+    *reinterpret_cast<T*>(to + at) = high;
+    from_float(x - to_float(high), reinterpret_cast<T*>(to + half + at));
   }
   if (lane_id() == 0) {
     p.columns[row] = alive ? make_float2(p.factor * exp2f(exponent), log2f(static_cast<float>(tokens)))
@@ -82,8 +89,6 @@ struct CutParams {
   int2* chunks;   // [pairs, blocks]
   float* logits;  // [pairs, blocks, rows]
 };
-
-constexpr int kMostDim = 256;
 
 // A thread block a (pair, block): the cut chunk's mean, then its logit for every row.
 template <class T, int kCols>
@@ -134,7 +139,7 @@ __global__ void __launch_bounds__(kThreads) cut_kernel(CutParams p) {
 
 bool takes_tiles(const ChunkMass& x) {
   const int64_t rows = x.q.shape[1] / std::max<int64_t>(x.k_mean.shape[1], 1) * x.row_lse.shape[3] * x.row_lse.shape[2];
-  return x.q.dtype != DType::kFloat32 && rows >= kFewRows;
+  return x.q.dtype != DType::kFloat32 && rows >= kFewRows && !x.cache_seqlens.given();
 }
 
 MassParams mass_params(const ChunkMass& x, const Slab& slab) {
@@ -143,6 +148,7 @@ MassParams mass_params(const ChunkMass& x, const Slab& slab) {
   p.q = x.q.data, p.q_batch = x.q.stride[0], p.q_head = x.q.stride[1], p.q_token = x.q.stride[2];
   p.offsets = x.offsets.as<int>(), p.num_chunks = x.num_chunks.as<int>();
   p.scores = x.scores.as<float>(), p.row_lse = x.row_lse.as<float>();
+  p.cache_seqlens = x.cache_seqlens.given() ? x.cache_seqlens.as<int>() : nullptr;
   p.sampled = {clamp(x.q.shape[2]), clamp(x.q_block), clamp(x.q_stride), clamp(x.row_lse.shape[3])};
   p.seqlen_q = clamp(x.q.shape[2]), p.seqlen_k = clamp(x.seqlen_k), p.window = clamp(x.softmax.window);
   p.capacity = clamp(x.k_mean.shape[2]), p.heads = clamp(x.q.shape[1]), p.selection_heads = clamp(x.k_mean.shape[1]);
@@ -153,41 +159,61 @@ MassParams mass_params(const ChunkMass& x, const Slab& slab) {
   return p;
 }
 
-MassMeans layout_means(const ChunkMass& x, Arena& arena) {
+Slab whole_call(const ChunkMass& x) { return {0, x.scores.shape[0] * x.scores.shape[1], 0, x.scores.shape[2]}; }
+
+struct Cuts {
+  int2* chunks = nullptr;
+  float* logits = nullptr;
+};
+
+Cuts layout_cuts(const MassParams& p, bool strict, Arena& arena) {
+  if (!strict) return {};
+  const int64_t lists = static_cast<int64_t>(p.pairs) * p.blocks;
+  return {arena.take<int2>(lists), arena.take<float>(lists * p.rows())};
+}
+
+// What serves the whole call: its means, and what wgmma's kernels keep from the logsumexp to the last slab.
+struct CallMemory {
   MassMeans means;
-  means.means = x.k_mean.as<float>();
-  if (!takes_tiles(x)) return means;
+  Cuts cuts;
+  char* wgmma = nullptr;
+};
+
+CallMemory layout_call(const ChunkMass& x, bool strict, Arena& arena) {
+  CallMemory call;
+  call.means.means = x.k_mean.as<float>();
+  if (!takes_tiles(x)) return call;
   const int64_t columns = x.k_mean.shape[0] * x.k_mean.shape[1] * mass_pitch(x.k_mean.shape[2]);
-  means.parts = arena.take<char>(columns * 2 * x.k_mean.shape[3] * 2);
-  means.columns = arena.take<float2>(columns);
-  return means;
+  call.means.parts = arena.take<char>(columns * 2 * ceil_div(x.k_mean.shape[3], 64) * 128);
+  call.means.columns = arena.take<float2>(columns);
+  if (std::strstr(archs_compiled(), "90a") == nullptr) return call;  // sizes must not depend on the device
+  const MassParams p = mass_params(x, whole_call(x));
+  call.cuts = layout_cuts(p, strict, arena);
+  call.wgmma = arena.take<char>(mass_wgmma_bytes(p, static_cast<int>(x.q.shape[3])));
+  return call;
 }
 
 struct SlabScratch {
-  int2* cut_chunks = nullptr;
-  float* cut_logits = nullptr;
+  Cuts cuts;
   char* kernels = nullptr;
 };
 
 SlabScratch layout_slab(const ChunkMass& x, const Slab& slab, bool strict, Arena& arena) {
   const MassParams p = mass_params(x, slab);
   SlabScratch scratch;
-  if (strict) {
-    scratch.cut_chunks = arena.take<int2>(slab.pairs * slab.blocks);
-    scratch.cut_logits = arena.take<float>(slab.pairs * slab.blocks * p.rows());
-  }
+  scratch.cuts = layout_cuts(p, strict, arena);
   scratch.kernels = arena.take<char>(takes_tiles(x) ? mass_tiles_bytes(p) : mass_rows_bytes(p));
   return scratch;
 }
 
-cudaError_t run_cut(const Tensor& k, const MassParams& mass, const SlabScratch& scratch, cudaStream_t stream) {
+cudaError_t run_cut(const Tensor& k, const MassParams& mass, const Cuts& cuts, cudaStream_t stream) {
   CutParams p = {};
   p.mass = mass, p.k = k.data;
   p.k_batch = k.stride[0], p.k_head = k.stride[1], p.k_token = k.stride[2];
   p.head_dim = static_cast<int>(k.shape[3]);
   p.heads_pooled = std::max(static_cast<int>(k.shape[1]) / mass.selection_heads, 1);
   p.heads_shared = std::max(mass.selection_heads / static_cast<int>(k.shape[1]), 1);
-  p.chunks = scratch.cut_chunks, p.logits = scratch.cut_logits;
+  p.chunks = cuts.chunks, p.logits = cuts.logits;
   return with_dtype(k.dtype, [&](auto element) {
     using T = decltype(element);
     const dim3 grid(mass.blocks, mass.pairs);
@@ -202,30 +228,40 @@ cudaError_t run_cut(const Tensor& k, const MassParams& mass, const SlabScratch& 
 
 }  // namespace
 
-int64_t mass_means_bytes(const ChunkMass& x) {
+int64_t mass_means_bytes(const ChunkMass& x, bool strict) {
   Arena arena(nullptr);
-  layout_means(x, arena);
+  layout_call(x, strict, arena);
   return arena.used();
 }
 
-cudaError_t run_mass_means(const ChunkMass& x, void* memory, cudaStream_t stream) {
+cudaError_t run_mass_means(const ChunkMass& x, void* memory, cudaStream_t stream, const Tensor* strict_k) {
   Arena arena(memory);
-  const MassMeans means = layout_means(x, arena);
-  if (!takes_tiles(x) || x.k_mean.shape[2] == 0) return cudaSuccess;
+  const CallMemory call = layout_call(x, strict_k != nullptr, arena);
+  if (!takes_tiles(x)) return cudaSuccess;
+  const bool wgmma = mass_uses_wgmma();
   SplitParams p = {};
-  p.means = means.means, p.parts = const_cast<void*>(means.parts), p.columns = const_cast<float2*>(means.columns);
+  p.means = call.means.means;
+  p.parts = const_cast<void*>(call.means.parts), p.columns = const_cast<float2*>(call.means.columns);
   p.offsets = x.offsets.as<int>(), p.num_chunks = x.num_chunks.as<int>();
   p.capacity = static_cast<int>(x.k_mean.shape[2]), p.pitch = static_cast<int>(mass_pitch(x.k_mean.shape[2]));
   p.head_dim = static_cast<int>(x.k_mean.shape[3]), p.selection_heads = static_cast<int>(x.k_mean.shape[1]);
   p.seqlen_k = static_cast<int>(x.seqlen_k), p.pairs = static_cast<int>(x.k_mean.shape[0] * x.k_mean.shape[1]);
-  p.factor = x.softmax.scale * (x.softmax.softcap > 0 ? 1.0f : kLog2OfE);
+  p.tiled = wgmma, p.factor = x.softmax.scale * (x.softmax.softcap > 0 ? 1.0f : kLog2OfE);
   const int64_t grid = ceil_div(static_cast<int64_t>(p.pairs) * p.pitch, kWarps);
-  if (x.q.dtype == DType::kFloat16) {
+  if (grid > 0 && x.q.dtype == DType::kFloat16) {
     split_means_kernel<__half><<<grid, kThreads, 0, stream>>>(p);
-  } else {
+  } else if (grid > 0) {
     split_means_kernel<__nv_bfloat16><<<grid, kThreads, 0, stream>>>(p);
   }
-  return cudaGetLastError();
+  cudaError_t error = cudaGetLastError();
+  if (error != cudaSuccess || !wgmma) return error;
+  MassParams mass = mass_params(x, whole_call(x));
+  if (strict_k != nullptr) {
+    error = run_cut(*strict_k, mass, call.cuts, stream);
+    if (error != cudaSuccess) return error;
+    mass.cut = {call.cuts.chunks, call.cuts.logits};
+  }
+  return run_mass_wgmma(MassStep::kLse, mass, mass.pairs, call.means, x.q.dtype, p.head_dim, call.wgmma, stream);
 }
 
 int64_t mass_scratch_bytes(const ChunkMass& x, const Slab& slab, bool strict) {
@@ -236,27 +272,31 @@ int64_t mass_scratch_bytes(const ChunkMass& x, const Slab& slab, bool strict) {
 
 cudaError_t run_chunk_mass(const ChunkMass& x, const Tensor* strict_k, void* means_memory, void* scratch_memory,
                            const Slab& slab, cudaStream_t stream) {
-  Arena means_arena(means_memory), arena(scratch_memory);
-  const MassMeans means = layout_means(x, means_arena);
+  Arena call_arena(means_memory), arena(scratch_memory);
+  const CallMemory call = layout_call(x, strict_k != nullptr, call_arena);
   const SlabScratch scratch = layout_slab(x, slab, strict_k != nullptr, arena);
-  MassParams p = mass_params(x, slab);
-  if (strict_k != nullptr) {
-    const cudaError_t error = run_cut(*strict_k, p, scratch, stream);
-    if (error != cudaSuccess) return error;
-    p.cut = {scratch.cut_chunks, scratch.cut_logits};
-  }
   const int head_dim = static_cast<int>(x.q.shape[3]);
-  return takes_tiles(x) ? run_mass_tiles(p, means, x.q.dtype, head_dim, scratch.kernels, stream)
-                        : run_mass_rows(p, means.means, x.q.dtype, head_dim, scratch.kernels, stream);
+  MassParams p = mass_params(x, slab);
+  if (takes_tiles(x) && mass_uses_wgmma()) {
+    if (strict_k != nullptr) p.cut = {call.cuts.chunks, call.cuts.logits};
+    const int all_pairs = static_cast<int>(whole_call(x).pairs);
+    return run_mass_wgmma(MassStep::kScores, p, all_pairs, call.means, x.q.dtype, head_dim, call.wgmma, stream);
+  }
+  if (strict_k != nullptr) {
+    const cudaError_t error = run_cut(*strict_k, p, scratch.cuts, stream);
+    if (error != cudaSuccess) return error;
+    p.cut = {scratch.cuts.chunks, scratch.cuts.logits};
+  }
+  return takes_tiles(x) ? run_mass_tiles(p, call.means, x.q.dtype, head_dim, scratch.kernels, stream)
+                        : run_mass_rows(p, call.means.means, x.q.dtype, head_dim, scratch.kernels, stream);
 }
 
 int64_t workspace_bytes(const ChunkMass& x) {
-  const Slab all = {0, x.scores.shape[0] * x.scores.shape[1], 0, x.scores.shape[2]};
-  return mass_means_bytes(x) + mass_scratch_bytes(x, all, false);
+  return mass_means_bytes(x) + mass_scratch_bytes(x, whole_call(x), false);
 }
 
 cudaError_t run(const ChunkMass& x, void* workspace, cudaStream_t stream) {
-  const Slab all = {0, x.scores.shape[0] * x.scores.shape[1], 0, x.scores.shape[2]};
+  const Slab all = whole_call(x);
   if (all.pairs * all.blocks == 0) return cudaSuccess;
   const size_t bytes = static_cast<size_t>(all.pairs * all.blocks * x.scores.shape[3] * 4);
   cudaError_t error = bytes > 0 ? cudaMemsetAsync(x.scores.data, 0, bytes, stream) : cudaSuccess;

@@ -42,7 +42,8 @@ __global__ void __launch_bounds__(kThreads) logit_kernel(RowParams p) {
   const int row0 = blockIdx.y * kTileRows, chunk0 = blockIdx.x * kTileChunks;
   const int column = threadIdx.x % kTileChunks, group = threadIdx.x / kTileChunks;
   const int chunk = chunk0 + column;
-  const Chunks chunks(p.offsets, p.num_chunks, pair / p.selection_heads, p.capacity, p.seqlen_k);
+  const int held = p.held(pair / p.selection_heads);
+  const Chunks chunks(p.offsets, p.num_chunks, pair / p.selection_heads, p.capacity, held);
 
   float sum[kRowsPerThread] = {};
   for (int d0 = 0; d0 < p.head_dim; d0 += kTileDim) {
@@ -77,17 +78,17 @@ __global__ void __launch_bounds__(kThreads) logit_kernel(RowParams p) {
     const int row = row0 + group * kRowsPerThread + r;
     if (row >= rows) break;
     const int slab_block = p.first_step_block + row / p.rows(), block = p.first_block + slab_block;
-    const int shift = p.seqlen_k - p.seqlen_q, p0 = shift + block * p.sampled.q_block;
+    const int shift = held - p.seqlen_q, p0 = shift + block * p.sampled.q_block;
     const int64_t list = static_cast<int64_t>(blockIdx.z) * p.blocks + slab_block;
     float z = logit2(sum[r], p.scale, p.softcap) + log2f(static_cast<float>(end - begin));
     if (p.cut.chunks != nullptr && __ldg(&p.cut.chunks[list].x) == chunk) {
       z = __ldg(p.cut.logits + list * p.rows() + row % p.rows()) +
           log2f(static_cast<float>(__ldg(&p.cut.chunks[list].y)));
     }
-    const bool held =
+    const bool candidate =
         begin < end && begin <= shift + p.sampled.last_query(block) && (p.window == 0 || end > p0 - p.window + 1);
     p.logits[(static_cast<int64_t>(blockIdx.z) * rows + row) * p.capacity + chunk] =
-        held && fabsf(z) < INFINITY ? z : -INFINITY;
+        candidate && fabsf(z) < INFINITY ? z : -INFINITY;
   }
 }
 
@@ -96,7 +97,7 @@ __global__ void __launch_bounds__(kThreads) mass_kernel(RowParams p) {
   const int pair = p.first_pair + blockIdx.y, batch = pair / p.selection_heads;
   const float* logits = p.logits + (static_cast<int64_t>(blockIdx.y) * p.step_blocks + blockIdx.x) * p.rows() *
                                        static_cast<int64_t>(p.capacity);
-  const Chunks chunks(p.offsets, p.num_chunks, batch, p.capacity, p.seqlen_k);
+  const Chunks chunks(p.offsets, p.num_chunks, batch, p.capacity, p.held(batch));
   const int samples = p.sampled.samples;
   const auto lse_of = [&](int row) {
     const int head = pair % p.selection_heads * p.list_heads + row / samples;

@@ -1,22 +1,21 @@
-// chunk_mass of 16-bit queries on the tensor cores, in two launches over tiles of rows x 1,024 chunks:
+// chunk_mass of 16-bit queries by mma.sync (chunk_mass_wgmma.cu on sm_90a), in two launches over tiles of rows x 1,024
+// chunks:
 //
 //   lse_kernel     z = logit(scale q.mean_c) + ln n_c;  each row's logsumexp over the tile's chunks
 //   score_kernel   row_lse from those parts; score[c] = mean over a block's rows of exp(logit - row_lse) = pi_c / n_c
 //
 // The second computes the products again instead of reading them: 4 bytes a product through L2 would take longer. A
-// mean is two 16-bit halves (mass.h), so a product is exact to 2^-17 of its terms; wgmma on sm_90a, mma.sync elsewhere.
+// mean is two 16-bit halves (mass.h), so a product is exact to 2^-17 of its terms.
 // A thread block holds 256 row slots as A fragments, 32 a warp, and streams chunks through two cp.async stages of 64.
 // Rows of a query block fill whole octets of slots, so that every octet has one block: its sums over rows are shuffles.
 #include <algorithm>
 
-#include "cuda/device/barrier.h"
 #include "cuda/device/chunks.h"
 #include "cuda/device/cp_async.h"
 #include "cuda/device/load.h"
 #include "cuda/device/logit.h"
 #include "cuda/device/mma.h"
 #include "cuda/device/smem_tile.h"
-#include "cuda/device/wgmma.h"
 #include "cuda/dispatch.h"
 #include "cuda/mass.h"
 
@@ -24,16 +23,10 @@ namespace dhsa::cuda {
 namespace {
 
 constexpr int kWarps = 8, kThreads = 32 * kWarps;
-constexpr int kSplitChunks = 1024;  // of a thread block: 16 tiles or 50 us, and causal halves come out even
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-// Columns whose accumulators are live at once. At 128K keys, H200, the two launches take 5.3 ms with two thread blocks
-// of 8 warps an SM; 64 columns leave room for one block: 7.3 ms of 8 warps, 6.8 of 16.
-constexpr int kSubN = 32;
-#else
-constexpr int kSubN = 16;  // mma.sync
-#endif
-constexpr float kLowest = -1e30f;  // finite, so that a row with no chunk has differences of 0 and a sum of 0
-constexpr float kSlack = 20;       // a row's reference moves when a logit exceeds it by 2^20
+constexpr int kSplitChunks = 1024;  // of a thread block: 16 tiles, and causal halves come out even
+constexpr int kSubN = 16;           // columns whose accumulators are live at once
+constexpr float kLowest = -1e30f;   // finite, so that a row with no chunk has differences of 0 and a sum of 0
+constexpr float kSlack = 20;        // a row's reference moves when a logit exceeds it by 2^20
 
 template <int kHeadDim_>
 struct Config {
@@ -110,14 +103,16 @@ __device__ inline bool finite_pair(uint32_t x, uint32_t exponent) {
   return (x & exponent) != exponent && (x >> 16 & exponent) != exponent;
 }
 
-// The warp's rows as A fragments, zeros for empty slots; a row with a NaN or infinity is emptied too: its logits would
-// all be NaN or infinite, which count as none.
+// The warp's rows as A fragments, zeros for empty slots and for a row with a NaN or infinity: its logits would all be
+// NaN or infinite, which count as none. Returns bit 2 m + half for the lane's rows that are neither.
 template <class T, class C>
-__device__ void load_rows(const TileParams& p, const RowTile& tile, uint32_t (&a)[C::kRowTiles][C::kHeadDim / 16][4]) {
+__device__ unsigned load_rows(const TileParams& p, const RowTile& tile,
+                              uint32_t (&a)[C::kRowTiles][C::kHeadDim / 16][4]) {
   const uint32_t exponent = std::is_same_v<T, __half> ? 0x7c00u : 0x7f80u;
   const int group = lane_id() / 4, member = lane_id() % 4;
   const int pair = p.first_pair + tile.pair, batch = pair / p.selection_heads;
   const int first_head = pair % p.selection_heads * p.list_heads;
+  unsigned alive = 0;
 #pragma unroll
   for (int m = 0; m < C::kRowTiles; ++m) {
 #pragma unroll
@@ -142,12 +137,14 @@ __device__ void load_rows(const TileParams& p, const RowTile& tile, uint32_t (&a
       }
       finite &= __shfl_xor_sync(kFullWarp, finite, 1);
       finite &= __shfl_xor_sync(kFullWarp, finite, 2);
+      alive |= static_cast<unsigned>(finite) << (2 * m + half);
 #pragma unroll
       for (int step = 0; step < C::kHeadDim / 16; ++step) {
         if (!finite) a[m][step][half] = a[m][step][half + 2] = 0;
       }
     }
   }
+  return alive;
 }
 
 template <class C>
@@ -165,30 +162,10 @@ __device__ void load_stage(const TileParams& p, int64_t column, uint32_t stage) 
   cp_async_commit();
 }
 
-// acc = q . mean of kSubN columns from `column` of the stage on; acc[m][4 n + i] as mma.h and wgmma.h have it. The four
-// warps of a wgmma's 64 rows each bring 16 of their own.
+// acc = q . mean of kSubN columns from `column` of the stage on; acc[m][4 n + i] as mma.h has it.
 template <class T, class C>
 __device__ inline void multiply(const uint32_t (&a)[C::kRowTiles][C::kHeadDim / 16][4], uint32_t stage, int column,
                                 float (&acc)[C::kRowTiles][kSubN / 2]) {
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  const uint64_t b = wgmma_descriptor(stage + column * 128, 0, 1024);
-  wgmma_fence();
-#pragma unroll
-  for (int m = 0; m < C::kRowTiles; ++m) {
-#pragma unroll
-    for (int step = 0; step < C::kHeadDim / 16; ++step) {
-#pragma unroll
-      for (int part = 0; part < 2; ++part) {
-        const int at = part * C::Tile::kBytes + step / 4 * C::Tile::kPanelBytes + step % 4 * 32;
-        Wgmma<T, kSubN>::rs_kmajor(acc[m], a[m][step], b + (at >> 4));
-      }
-    }
-  }
-  wgmma_commit();
-  wgmma_wait<0>();
-#pragma unroll
-  for (int m = 0; m < C::kRowTiles; ++m) wgmma_touch(acc[m]);
-#else
   // Columns of one lane differ by multiples of 8, so that a step only flips bits of the swizzle.
   const uint32_t at = stage + column * 128 + C::Tile::offset(lane_id() % 8 + lane_id() / 16 * 8, lane_id() / 8 % 2);
 #pragma unroll
@@ -204,15 +181,6 @@ __device__ inline void multiply(const uint32_t (&a)[C::kRowTiles][C::kHeadDim / 
       }
     }
   }
-#endif
-}
-
-// Waits for this thread's copies of a stage, and lets wgmma see them after the next barrier.
-__device__ inline void finish_stage() {
-  cp_async_wait<0>();
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  fence_async_proxy();
-#endif
 }
 
 // The accumulators as logits in log2 units: + log2 n_c for the logsumexp, without it for the scores. Chunks that hold
@@ -285,7 +253,7 @@ __global__ void __launch_bounds__(kThreads, 2) lse_kernel(TileParams p) {
   const uint32_t stages = smem_address(smem);
   load_stage<C>(p, base + first, stages);
   uint32_t a[C::kRowTiles][kHeadDim / 16][4];
-  load_rows<T, C>(p, tile, a);
+  const unsigned alive = load_rows<T, C>(p, tile, a);
   float reference[C::kRowTiles][2], sum[C::kRowTiles][2];
 #pragma unroll
   for (int m = 0; m < C::kRowTiles; ++m) {
@@ -293,7 +261,7 @@ __global__ void __launch_bounds__(kThreads, 2) lse_kernel(TileParams p) {
   }
   int stage = 0;
   for (int chunk0 = first; chunk0 < last; chunk0 += C::kBlockN, stage ^= 1) {
-    finish_stage();
+    cp_async_wait<0>();
     __syncthreads();
     if (chunk0 + C::kBlockN < last) load_stage<C>(p, base + chunk0 + C::kBlockN, stages + (stage ^ 1) * C::kStageBytes);
     const uint32_t here = stages + stage * C::kStageBytes;
@@ -335,7 +303,7 @@ __global__ void __launch_bounds__(kThreads, 2) lse_kernel(TileParams p) {
       total += __shfl_xor_sync(kFullWarp, total, 1);
       total += __shfl_xor_sync(kFullWarp, total, 2);
       const int slot = (warp_id() * C::kRowTiles + m) * 16 + half * 8 + lane_id() / 4;
-      if (lane_id() % 4 == 0) partial[slot] = make_float2(top, total);
+      if (lane_id() % 4 == 0) partial[slot] = make_float2(top, alive >> (2 * m + half) & 1 ? total : 0.0f);
     }
   }
 }
@@ -436,7 +404,7 @@ __global__ void __launch_bounds__(kThreads, 2) score_kernel(TileParams p) {
 
     int stage = 0;
     for (int chunk0 = first; chunk0 < last; chunk0 += C::kBlockN, stage ^= 1) {
-      finish_stage();
+      cp_async_wait<0>();
       __syncthreads();
       if (chunk0 + C::kBlockN < last) {
         load_stage<C>(p, base + chunk0 + C::kBlockN, stages + (stage ^ 1) * C::kStageBytes);

@@ -101,7 +101,7 @@ void plan_mass(const SparsePrefill& x, Plan& plan, Arena& arena) {
   mass.scores = plan.select.chunk_scores;
   mass.row_lse = contiguous(arena.take<float>(batch * query_heads * plan.query_blocks * samples), DType::kFloat32,
                             batch, query_heads, plan.query_blocks, samples);
-  plan.means = arena.take<char>(mass_means_bytes(mass));
+  plan.means = arena.take<char>(mass_means_bytes(mass, x.strict));
 }
 
 void plan_refine(const SparsePrefill& x, Plan& plan) {
@@ -267,7 +267,7 @@ cudaError_t run(const SparsePrefill& x, void* workspace, cudaStream_t stream) {
   }
   if (error == cudaSuccess) error = run(plan.chunk_pool, nullptr, stream);
   if (error == cudaSuccess) {
-    error = x.score == ChunkScore::kMass ? run_mass_means(plan.mass, plan.means, stream)
+    error = x.score == ChunkScore::kMass ? run_mass_means(plan.mass, plan.means, stream, x.strict ? &x.k : nullptr)
                                          : run(plan.query_pool, nullptr, stream);
   }
   for (int64_t pair = 0; pair < plan.pairs; pair += plan.slab_pairs) {

@@ -32,9 +32,10 @@ cudaError_t run_select_keys(const SelectKeys& x, const Slab&, cudaStream_t, bool
 
 // chunk_mass over the slab: x.scores' data is the slab's, its shape the whole's, x.row_lse the whole's. strict_k: k
 // [B, Hkv, Lk, D] where the chunk that holds p1 counts as if it ended there, else null. run_mass_means comes first,
-// once a call. Scores of chunks that hold no candidate of any block near by may be left unwritten.
-int64_t mass_means_bytes(const ChunkMass& x);
-cudaError_t run_mass_means(const ChunkMass& x, void* means, cudaStream_t stream);
+// once a call; on sm_90a it takes the logsumexp of all rows too. Scores of chunks that hold no candidate of any block
+// near by may be left unwritten.
+int64_t mass_means_bytes(const ChunkMass& x, bool strict = false);
+cudaError_t run_mass_means(const ChunkMass& x, void* means, cudaStream_t stream, const Tensor* strict_k = nullptr);
 int64_t mass_scratch_bytes(const ChunkMass& x, const Slab&, bool strict);
 cudaError_t run_chunk_mass(const ChunkMass& x, const Tensor* strict_k, void* means, void* scratch, const Slab&,
                            cudaStream_t stream);

@@ -1,0 +1,802 @@
+// chunk_mass of 16-bit queries on sm_90a: the products of chunk_mass_tiles.cu by wgmma, in launches of their own:
+//
+//   lse_kernel     z = logit(scale q.mean_c) + ln n_c;  each row's logsumexp, for all query blocks at once
+//   score_kernel   score[c] = mean over a block's rows of exp(logit - row_lse) = pi_c / n_c, a slab at a time
+//
+// Chunks are the M of a product and rows the N, both in shared memory: a warpgroup multiplies 64 chunks by 128 rows, so
+// that a lane has two chunks and 32 rows. Sums over a block's rows (scores) are then additions inside a lane and two
+// shuffles, sums over chunks (logsumexp) one accumulator a row until the end, and what a chunk needs (the factor of its
+// logits, its length) sits in registers. Two warpgroups take 128 rows each of the same chunks. Each has two
+// accumulators and issues the next product before it takes this one's exponentials, so that the tensor cores have work
+// meanwhile: 1,024 cycles of theirs a tile and warpgroup against 512 of the exponentials' unit (head_dim 128). A tile
+// of 64 chunks lies in memory as it does in shared memory, both halves of the means, and comes by one bulk copy.
+//
+// exp(z - reference) needs a reference near the row's logits, not their maximum: 2^30 over the logit of one chunk. A
+// row whose sum shows that this was no good guess (float32 reaches 2^126 either way), or whose products overflow, sends
+// its tile through the chunks twice more: for the maxima, then for the sums, logit by logit.
+#include <algorithm>
+#include <climits>
+#include <cstring>
+
+#include "cuda/device/barrier.h"
+#include "cuda/device/chunks.h"
+#include "cuda/device/cp_async.h"
+#include "cuda/device/load.h"
+#include "cuda/device/logit.h"
+#include "cuda/device/smem_tile.h"
+#include "cuda/device/wgmma.h"
+#include "cuda/dispatch.h"
+#include "cuda/launch.h"
+#include "cuda/mass.h"
+
+#if defined(__CUDA_ARCH__) && !defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#pragma nv_diag_suppress 177  // for other architectures the kernels are empty, and what they would use unused
+#endif
+
+namespace dhsa::cuda {
+namespace {
+
+constexpr int kGroups = 2;  // warpgroups
+constexpr int kThreads = 128 * kGroups;
+constexpr int kFewTiles = 512, kLeastSplit = 512;      // chunks are split until there are so many thread blocks
+constexpr float kLowest = -1e30f;                      // finite, so that a row with no chunk has differences of 0
+constexpr float kAbove = 30;                           // of the reference over the logit that it was taken from
+constexpr float kLeastSum = 1e-18f, kMostSum = 1e30f;  // of a row whose reference will do
+
+// Which chunks count for the rows of an octet, all of one block: those that begin at or before p1 and end after
+// `after`, and the cut chunk in its own way.
+struct OctetReach {
+  int p1, after;
+  int2 cut;                 // MassCut
+  const float* cut_logits;  // of the octet's first row
+};
+
+template <int kHeadDim_>
+struct Config {
+  static constexpr int kHeadDim = kHeadDim_;
+  static constexpr int kGroupRows = kHeadDim == 256 ? 64 : 128, kGroupOctets = kGroupRows / 8;
+  static constexpr int kSlots = kGroups * kGroupRows;
+  static constexpr int kAcc = kGroupRows / 2;  // accumulators a lane: 4 an octet of rows
+  using ChunkTile = SmemTile<kMassTile, kHeadDim>;
+  using RowTile = SmemTile<kGroupRows, kHeadDim>;
+  static constexpr int kTileBytes = 2 * ChunkTile::kBytes;  // both halves of 64 means
+  static constexpr int kColumnBytes = kMassTile * 8;
+  static constexpr int kStageBytes = kTileBytes + 1024;
+  static constexpr int kStages = kHeadDim == 256 ? 2 : 4;
+  static constexpr int kRowsAt = kStages * kStageBytes;
+  static constexpr int kSharedAt = kRowsAt + kGroups * RowTile::kBytes;
+
+  struct Shared {
+    uint64_t full[kStages], empty[kStages];
+    int64_t row_at[kSlots];  // elements from q on; -1: no row
+    float offset[kSlots];    // what is added to a row's logits: -reference or -row_lse; -inf for a slot without a row
+    float warp_part[4][kSlots];    // of a row: each warp's sum or maximum
+    float wide[2][kMassTile];      // the second group's sums over a block that spans both
+    float weight[kSlots / 8];      // 1 / rows, by block of the tile
+    OctetReach reach[kSlots / 8];  // by octet of slots
+    int dead[kSlots];              // a NaN or infinity in the row
+    int first, last, whole;        // ChunkRange
+  };
+  static constexpr int kSmemBytes = kSharedAt + static_cast<int>(sizeof(Shared));
+};
+
+struct WgmmaParams : MassParams {  // cut is the call's: [pairs, nQ], [pairs, nQ, rows]
+  MassMeans means;                 // parts: [pairs, pitch / 64] tiles as they lie in shared memory
+  float2* partial;                 // [splits, pairs, nQ, octets, 8] (reference, sum of 2^(z - reference))
+  int* careful;                    // [splits, pairs, nQ]: some product overflows
+  int all_pairs, octets, pitch, head_dim;
+  int group_blocks;  // whole blocks that a warpgroup's rows hold; 0: a block spans both, and `parts` row tiles
+  int parts, row_tiles, tile_slots;
+  int lse_splits, lse_chunks;      // chunks of a split: a multiple of 64
+  int score_splits, score_chunks;  // of score_kernel's
+};
+
+// --- Rows ------------------------------------------------------------------------------------------------------------
+
+// A row tile: whole blocks, or one block's share of slots. Blocks are the call's.
+struct RowTile {
+  int pair, first_block, blocks, first_octet;
+
+  __device__ RowTile(const WgmmaParams& p, int index) : pair(p.first_pair + static_cast<int>(blockIdx.z)) {
+    const bool wide = p.group_blocks == 0;
+    first_block = p.first_block + (wide ? index / p.parts : index * kGroups * p.group_blocks);
+    blocks = wide ? 1 : min(kGroups * p.group_blocks, p.first_block + p.blocks - first_block);
+    first_octet = wide ? index % p.parts * (p.tile_slots / 8) : 0;
+  }
+};
+
+// Where a slot's row comes from; block counts from the tile's first, -1 for an empty slot.
+struct SlotRow {
+  int block, row;
+};
+
+template <class C>
+__device__ SlotRow slot_row(const WgmmaParams& p, const RowTile& tile, int slot) {
+  int block = 0, octet = tile.first_octet + slot / 8;
+  if (p.group_blocks > 0) {
+    octet = slot % C::kGroupRows / 8;
+    const int of_group = octet / p.octets;
+    block = of_group < p.group_blocks ? slot / C::kGroupRows * p.group_blocks + of_group : tile.blocks;
+    octet -= of_group * p.octets;
+  }
+  const int row = octet * 8 + slot % 8;
+  if (block >= tile.blocks || row >= p.rows()) return {-1, 0};
+  return {block, row};
+}
+
+__device__ inline int64_t list_of(const WgmmaParams& p, const RowTile& tile, int block) {  // of the call
+  return static_cast<int64_t>(tile.pair) * p.query_blocks + tile.first_block + block;
+}
+
+// The tile's rows in shared memory, zeros for empty slots and for rows with a NaN or infinity: such a row's logits
+// would all be NaN or infinite, which count as none. Rows come as the B operand of a warpgroup each.
+template <class T, class C>
+__device__ void load_rows(const WgmmaParams& p, const RowTile& tile, char* rows, typename C::Shared& shared) {
+  constexpr int kPieces = C::kHeadDim / 8;
+  const int slot = threadIdx.x;
+  if (slot < C::kSlots) {
+    const SlotRow at = slot_row<C>(p, tile, slot);
+    const int block = tile.first_block + max(at.block, 0), sample = at.row % p.sampled.samples;
+    const bool used = at.block >= 0 && p.sampled.used(block, sample);
+    const int head = tile.pair % p.selection_heads * p.list_heads + at.row / p.sampled.samples;
+    shared.row_at[slot] =
+        used ? tile.pair / p.selection_heads * p.q_batch + head * p.q_head + p.sampled.query(block, sample) * p.q_token
+             : -1;
+    shared.dead[slot] = !used;
+  }
+  __syncthreads();
+  if (threadIdx.x < kThreads) {
+    const uint32_t exponent = std::is_same_v<T, __half> ? 0x7c00u : 0x7f80u;
+#pragma unroll 8
+    for (int i = threadIdx.x; i < C::kSlots * kPieces; i += kThreads) {
+      const int row = i / kPieces, piece = i % kPieces;
+      const int64_t at = shared.row_at[row];
+      const uint4 x = at < 0 ? make_uint4(0, 0, 0, 0) : load16(static_cast<const T*>(p.q) + at + piece * 8);
+      bool finite = true;
+#pragma unroll
+      for (uint32_t pair : {x.x, x.y, x.z, x.w}) {
+        finite &= (pair & exponent) != exponent && (pair >> 16 & exponent) != exponent;
+      }
+      if (!finite) shared.dead[row] = 1;
+      char* group = rows + row / C::kGroupRows * C::RowTile::kBytes;
+      *reinterpret_cast<uint4*>(group + C::RowTile::offset(row % C::kGroupRows, piece)) = x;
+    }
+  }
+  __syncthreads();
+  if (slot < C::kSlots && shared.dead[slot] && shared.row_at[slot] >= 0) {
+    char* group = rows + slot / C::kGroupRows * C::RowTile::kBytes;
+    for (int piece = 0; piece < kPieces; ++piece) {
+      *reinterpret_cast<uint4*>(group + C::RowTile::offset(slot % C::kGroupRows, piece)) = make_uint4(0, 0, 0, 0);
+    }
+  }
+  fence_async_proxy();
+}
+
+// --- Chunks ----------------------------------------------------------------------------------------------------------
+
+// bound[i] = the first bound at or after position[i] (Chunks), three chains of loads side by side; a whole warp calls.
+__device__ inline void find_bounds(const Chunks& chunks, const int (&position)[3], int (&bound)[3]) {
+  int high[3];
+#pragma unroll
+  for (int i = 0; i < 3; ++i) bound[i] = 0, high[i] = chunks.count + 1;
+  while (bound[0] < high[0] || bound[1] < high[1] || bound[2] < high[2]) {
+    bool below[3];
+#pragma unroll
+    for (int i = 0; i < 3; ++i) {
+      const int probe = bound[i] + (lane_id() + 1) * ((high[i] - bound[i] + 31) / 32) - 1;
+      below[i] = bound[i] <= probe && probe < high[i] && chunks.begin(probe) < position[i];
+    }
+#pragma unroll
+    for (int i = 0; i < 3; ++i) {
+      const int step = (high[i] - bound[i] + 31) / 32, passed = __popc(__ballot_sync(kFullWarp, below[i]));
+      const int next_high = min(high[i], bound[i] + (passed + 1) * step - 1);
+      bound[i] = min(high[i], bound[i] + passed * step);
+      high[i] = max(bound[i], next_high);
+    }
+  }
+}
+
+__device__ inline int position0(const WgmmaParams& p, int block) {
+  return p.seqlen_k - p.seqlen_q + block * p.sampled.q_block;
+}
+__device__ inline int position1(const WgmmaParams& p, int block) {
+  return p.seqlen_k - p.seqlen_q + p.sampled.last_query(block);
+}
+
+// Chunks that some block of the tile can reach, and how many from the first on are whole for all of them. One warp.
+template <class C>
+__device__ void find_range(const WgmmaParams& p, const RowTile& tile, const Chunks& chunks,
+                           typename C::Shared& shared) {
+  const int p0 = position0(p, tile.first_block), p1 = position1(p, tile.first_block + tile.blocks - 1);
+  const int position[3] = {p0 - p.window + 2, p1 + 1, position1(p, tile.first_block) + 2};
+  int bound[3];
+  find_bounds(chunks, position, bound);
+  if (lane_id() > 0) return;
+  shared.first = p.window > 0 ? max(bound[0] - 1, 0) / kMassTile * kMassTile : 0;
+  shared.last = min(bound[1], chunks.count);
+  shared.whole = p.window > 0 ? 0 : bound[2] - 1;
+}
+
+// Tells the compiler that all lanes have the same x.
+__device__ inline int uniform(int x) { return __shfl_sync(kFullWarp, x, 0); }
+
+// A walk along the ring of stages.
+template <int kStages>
+struct Ring {
+  int stage = 0;
+  uint32_t parity = 0;
+  __device__ void advance() {
+    if (++stage == kStages) stage = 0, parity ^= 1;
+  }
+};
+
+// Copies `bytes` that count on the barrier as they land, besides this arrival.
+__device__ inline void announce(uint32_t barrier, uint32_t bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+__device__ inline void bulk_copy(uint32_t smem, const void* global, uint32_t bytes, uint32_t barrier) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(smem),
+               "l"(global), "r"(bytes), "r"(barrier)
+               : "memory");
+}
+
+// Starts the copy of chunks [chunk0, chunk0 + 64) of the pair to the ring's next stage, once every warp is done with
+// it. One thread.
+template <class C>
+__device__ inline void load_tile(const WgmmaParams& p, int pair, int chunk0, uint32_t smem, typename C::Shared& shared,
+                                 Ring<C::kStages>& ring) {
+  const uint32_t full = smem_address(&shared.full[ring.stage]), to = smem + ring.stage * C::kStageBytes;
+  const int64_t column = static_cast<int64_t>(pair) * p.pitch + chunk0;
+  barrier_wait(smem_address(&shared.empty[ring.stage]), ring.parity ^ 1);
+  announce(full, C::kTileBytes + C::kColumnBytes);
+  bulk_copy(to, static_cast<const char*>(p.means.parts) + column / kMassTile * C::kTileBytes, C::kTileBytes, full);
+  bulk_copy(to + C::kTileBytes, p.means.columns + column, C::kColumnBytes, full);
+  ring.advance();
+}
+
+// A lane's two chunks of a tile.
+struct LaneChunks {
+  float factor[2], tokens[2];  // tokens 0: none of the chunk counts
+};
+
+// acc = means of the stage . the group's rows: acc[4 n + 2 half + side] is chunk 16 w + lane / 4 + 8 half of the tile
+// for warp w of the group, row 8 n + lane % 4 * 2 + side.
+template <class T, class C>
+__device__ inline void issue_product(uint32_t stage, uint32_t rows, float (&acc)[C::kAcc]) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  const uint64_t a = wgmma_descriptor(stage, 0, 1024), b = wgmma_descriptor(rows, 0, 1024);
+#pragma unroll
+  for (float& x : acc) x = 0;
+  wgmma_fence();
+#pragma unroll
+  for (int part = 0; part < 2; ++part) {
+#pragma unroll
+    for (int step = 0; step < C::kHeadDim / 16; ++step) {
+      const int a_at = part * C::ChunkTile::kBytes + step / 4 * C::ChunkTile::kPanelBytes + step % 4 * 32;
+      const int b_at = step / 4 * C::RowTile::kPanelBytes + step % 4 * 32;
+      Wgmma<T, C::kGroupRows>::ss(acc, a + (a_at >> 4), b + (b_at >> 4), part + step > 0);
+    }
+  }
+  wgmma_commit();
+#endif
+}
+
+// Both ends of a thread's way along the ring; only thread 0 loads.
+template <int kStages>
+struct Rings {
+  Ring<kStages> load, use;
+};
+
+// A warpgroup's way through chunks [first, last) of the pair, a tile at a time: plain(chunk0, acc, lane's chunks) for
+// the tiles that end by `whole`, each while the next one's product is under way, then masked(...) for the others, one
+// by one.
+template <class T, class C, class Plain, class Masked>
+__device__ inline void walk_chunks(const WgmmaParams& p, int pair, int first, int last, int whole, uint32_t smem,
+                                   uint32_t rows, typename C::Shared& shared, Rings<C::kStages>& rings,
+                                   const Plain& plain, const Masked& masked) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  // Tiles on their way or in use. A stage is filled again once a tile has passed since this warp left it, so that the
+  // loading thread does not wait for the others, or at once where there are only two.
+  constexpr int kAhead = C::kStages > 2 ? C::kStages - 1 : C::kStages;
+  float acc[2][C::kAcc];
+  LaneChunks lane_chunks[2];
+  uint32_t empty[2];
+  const uint32_t column_at = C::kTileBytes + (warp_id() % 4 * 16 + lane_id() / 4) * 8;
+  const auto load = [&](int chunk0) {
+    if (threadIdx.x == 0 && chunk0 < last) load_tile<C>(p, pair, chunk0, smem, shared, rings.load);
+    __syncwarp();
+  };
+  int here = first;
+  const auto issue = [&](int side) {
+    const uint32_t stage = smem + rings.use.stage * C::kStageBytes;
+    barrier_wait(smem_address(&shared.full[rings.use.stage]), rings.use.parity);
+    issue_product<T, C>(stage, rows, acc[side]);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float log_tokens;
+      asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];"
+                   : "=f"(lane_chunks[side].factor[half]), "=f"(log_tokens)
+                   : "r"(stage + column_at + half * 64));
+      lane_chunks[side].tokens[half] = exp2_approx(log_tokens);
+    }
+    empty[side] = smem_address(&shared.empty[rings.use.stage]);
+    rings.use.advance();
+  };
+  const auto finish = [&](int side) {
+    wgmma_touch(acc[side]);
+    if (lane_id() == 0) barrier_arrive(empty[side]);
+    __syncwarp();
+    load(here + kAhead * kMassTile);
+  };
+  for (int tile = 0; tile < kAhead; ++tile) load(first + tile * kMassTile);
+  // The loop leaves on either side, so that the compiler sees which product is under way.
+  int tiles = (whole - first) / kMassTile;
+  if (tiles > 0) {
+    issue(0);
+#pragma unroll 1
+    while (true) {
+      if (tiles == 1) {
+        wgmma_wait<0>();
+        finish(0), plain(here, acc[0], lane_chunks[0]), here += kMassTile;
+        break;
+      }
+      issue(1);
+      wgmma_wait<1>();
+      finish(0), plain(here, acc[0], lane_chunks[0]), here += kMassTile;
+      if (tiles == 2) {
+        wgmma_wait<0>();
+        finish(1), plain(here, acc[1], lane_chunks[1]), here += kMassTile;
+        break;
+      }
+      issue(0);
+      wgmma_wait<1>();
+      finish(1), plain(here, acc[1], lane_chunks[1]), here += kMassTile;
+      tiles -= 2;
+    }
+  }
+#pragma unroll 1
+  for (; here < last; here += kMassTile) {
+    issue(0);
+    wgmma_wait<0>();
+    finish(0), masked(here, acc[0], lane_chunks[0]);
+  }
+#endif
+}
+
+// --- One tile's exponentials -----------------------------------------------------------------------------------------
+
+template <class C>
+__device__ void find_reach(const WgmmaParams& p, const RowTile& tile, typename C::Shared& shared) {
+  const int octet = threadIdx.x;
+  if (octet >= C::kSlots / 8) return;
+  const SlotRow at = slot_row<C>(p, tile, octet * 8);
+  OctetReach reach = {INT_MIN, INT_MAX, make_int2(-1, 0), nullptr};
+  if (at.block >= 0) {
+    const int64_t list = list_of(p, tile, at.block);
+    const int p0 = position0(p, tile.first_block + at.block);
+    reach.p1 = position1(p, tile.first_block + at.block), reach.after = p.window > 0 ? p0 - p.window + 1 : INT_MIN;
+    if (p.cut.chunks != nullptr) {
+      reach.cut = __ldg(p.cut.chunks + list), reach.cut_logits = p.cut.logits + list * p.rows() + at.row;
+    }
+  }
+  shared.reach[octet] = reach;
+}
+
+// Turns products into logits where not every chunk counts for every row or a product may have overflowed: -inf for what
+// does not count, the cut chunk's own logit, with log2 n_c if kLengths. The lane's factors and lengths become 1.
+template <class C, bool kSoftcap, bool kLengths>
+__device__ inline void mask_logits(const WgmmaParams& p, const Chunks& chunks, int chunk0, int group,
+                                   const typename C::Shared& shared, float (&acc)[C::kAcc], LaneChunks& lane) {
+  const int chunk = chunk0 + warp_id() % 4 * 16 + lane_id() / 4, member = lane_id() % 4;
+  int begin[2], end[2];
+  float length[2];
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int c = chunk + 8 * half;
+    const bool real = c < chunks.count && lane.tokens[half] > 0;
+    begin[half] = real ? chunks.begin(c) : INT_MAX, end[half] = real ? chunks.end(c) : INT_MIN;
+    length[half] = kLengths ? log2f(lane.tokens[half]) : 0.0f;
+  }
+#pragma unroll
+  for (int n = 0; n < C::kGroupOctets; ++n) {
+    const OctetReach& reach = shared.reach[group * C::kGroupOctets + n];
+    const int p1 = reach.p1, after = reach.after, cut = reach.cut.x - chunk;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int half = i / 2;
+      float& z = acc[4 * n + i];
+      z *= lane.factor[half];
+      if (kSoftcap) z = softcapped2(z, p.softcap);
+      const bool counts = (begin[half] <= p1) & (end[half] > after) & (fabsf(z) < INFINITY);
+      z = counts ? z + length[half] : -INFINITY;
+    }
+    if (static_cast<unsigned>(reach.cut.x - chunk0) < kMassTile) {  // of the tile, for all lanes
+      const float cut_length = kLengths ? log2f(static_cast<float>(reach.cut.y)) : 0.0f;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        if (cut == i / 2 * 8) acc[4 * n + i] = __ldg(reach.cut_logits + member * 2 + i % 2) + cut_length;
+      }
+    }
+  }
+#pragma unroll
+  for (int half = 0; half < 2; ++half) lane.factor[half] = lane.tokens[half] = 1;
+}
+
+template <class C>
+__device__ inline void cap_logits(const WgmmaParams& p, float (&acc)[C::kAcc], LaneChunks& lane) {
+#pragma unroll
+  for (int i = 0; i < C::kAcc; ++i) acc[i] = softcapped2(acc[i] * lane.factor[i % 4 / 2], p.softcap);
+  lane.factor[0] = lane.factor[1] = 1;
+}
+
+// part[2 n + side] of the lane's rows += the sum over its chunks of n_c 2^(z + offset).
+template <class C>
+__device__ inline void sum_chunks(const float* offset, const float (&acc)[C::kAcc], const LaneChunks& lane,
+                                  float (&part)[C::kAcc / 2]) {
+#pragma unroll
+  for (int n = 0; n < C::kGroupOctets; ++n) {
+    const float2 add = *reinterpret_cast<const float2*>(offset + n * 8);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float share = exp2_approx(fmaf(acc[4 * n + i], lane.factor[i / 2], i % 2 ? add.y : add.x));
+      part[2 * n + i % 2] = fmaf(share, lane.tokens[i / 2], part[2 * n + i % 2]);
+    }
+  }
+}
+
+// Their maxima; after mask_logits.
+template <class C>
+__device__ inline void max_of_chunks(const float (&acc)[C::kAcc], float (&part)[C::kAcc / 2]) {
+#pragma unroll
+  for (int i = 0; i < C::kAcc; ++i) {
+    float& to = part[i / 4 * 2 + i % 2];
+    to = fmaxf(to, acc[i]);
+  }
+}
+
+// Writes the sums over each block's rows of 2^(z + offset). kBlockOctets: p.octets, or 0 for any.
+template <class C, int kBlockOctets>
+__device__ inline void reduce_rows(const WgmmaParams& p, const RowTile& tile, int chunk0, int last, int group,
+                                   bool add_up, typename C::Shared& shared, const float (&acc)[C::kAcc],
+                                   const LaneChunks& lane) {
+  const int member = lane_id() % 4, row_in_tile = warp_id() % 4 * 16 + lane_id() / 4 + (member & 1) * 8;
+  const bool wide = kBlockOctets == 0 && p.group_blocks == 0;
+  const int octets = kBlockOctets > 0 ? kBlockOctets : wide ? C::kGroupOctets : p.octets;
+  const int first = wide ? 0 : group * p.group_blocks;
+  const float* offset = shared.offset + group * C::kGroupRows + member * 2;
+  float* to = p.scores +
+              (static_cast<int64_t>(tile.pair - p.first_pair) * p.blocks + tile.first_block - p.first_block + first) *
+                  p.capacity +
+              chunk0 + row_in_tile;
+  const bool writes = member < 2 && chunk0 + row_in_tile < last;
+  const bool any = (member & 1 ? lane.tokens[1] : lane.tokens[0]) > 0;
+  float sum[2] = {};
+  int block = first, of_block = 0;
+#pragma unroll
+  for (int n = 0; n < C::kGroupOctets; ++n) {
+    const float2 add = *reinterpret_cast<const float2*>(offset + n * 8);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      sum[i / 2] += exp2_approx(fmaf(acc[4 * n + i], lane.factor[i / 2], i % 2 ? add.y : add.x));
+    }
+    if (++of_block < octets) continue;
+    // Even members keep the first chunk's sum, odd ones the second's.
+    float one = (member & 1 ? sum[1] : sum[0]) + __shfl_xor_sync(kFullWarp, member & 1 ? sum[0] : sum[1], 1);
+    one += __shfl_xor_sync(kFullWarp, one, 2);
+    one = any ? one : 0.0f;
+    if (wide) {
+      float* second = shared.wide[chunk0 / kMassTile & 1] + row_in_tile;
+      if (group == 1 && member < 2) *second = one;
+      named_barrier_sync(1, kThreads);
+      if (group == 0 && writes) {
+        const float score = (one + *second) * shared.weight[0];
+        *to = add_up ? *to + score : score;
+      }
+    } else if (writes && block < tile.blocks) {
+      *to = one * shared.weight[block];
+    }
+    to += p.capacity, ++block, of_block = 0, sum[0] = sum[1] = 0;
+  }
+}
+
+// --- The kernels -----------------------------------------------------------------------------------------------------
+
+template <class C>
+__device__ void init_barriers(typename C::Shared& shared) {
+  if (threadIdx.x > 0) return;
+  for (int stage = 0; stage < C::kStages; ++stage) {
+    barrier_init(smem_address(&shared.full[stage]), 1);
+    barrier_init(smem_address(&shared.empty[stage]), kThreads / 32);
+  }
+  fence_async_proxy();
+}
+
+// offset = -(the logit of chunk c, and some): a reference for sums of exponentials.
+template <class T, class C, bool kSoftcap>
+__device__ void guess_references(const WgmmaParams& p, int pair, int c, const char* rows, typename C::Shared& shared) {
+  const int slot = threadIdx.x;
+  if (slot >= C::kSlots) return;
+  const float* mean = p.means.means + (static_cast<int64_t>(pair) * p.capacity + c) * C::kHeadDim;
+  const char* group = rows + slot / C::kGroupRows * C::RowTile::kBytes;
+  float dot = 0;
+  for (int piece = 0; piece < C::kHeadDim / 8; ++piece) {
+    const uint4 raw = *reinterpret_cast<const uint4*>(group + C::RowTile::offset(slot % C::kGroupRows, piece));
+    float x[8];
+    widen<T>(raw, x);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) dot = fmaf(x[i], __ldg(mean + piece * 8 + i), dot);
+  }
+  const float z = logit2(dot, p.scale, kSoftcap ? p.softcap : 0.0f);
+  shared.offset[slot] = shared.dead[slot] ? -INFINITY : fabsf(z) < 1e30f ? -(z + kAbove) : 0.0f;
+}
+
+// warp_part[w][slot] = the sum (or the maximum) of a row's part over the eight lanes that share it.
+template <class C>
+__device__ inline void fold_lanes(float (&part)[C::kAcc / 2], int group, bool maxima, typename C::Shared& shared) {
+#pragma unroll
+  for (int i = 0; i < C::kAcc / 2; ++i) {
+#pragma unroll
+    for (int step = 4; step < 32; step *= 2) {
+      const float other = __shfl_xor_sync(kFullWarp, part[i], step);
+      part[i] = maxima ? fmaxf(part[i], other) : part[i] + other;
+    }
+    if (lane_id() < 4) {
+      shared.warp_part[warp_id() % 4][group * C::kGroupRows + i / 2 * 8 + lane_id() * 2 + i % 2] = part[i];
+    }
+  }
+}
+
+template <class T, int kHeadDim, bool kSoftcap>
+__global__ void __launch_bounds__(kThreads, 1) lse_kernel(const __grid_constant__ WgmmaParams p) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  using C = Config<kHeadDim>;
+  extern __shared__ __align__(1024) char smem[];
+  typename C::Shared& shared = *reinterpret_cast<typename C::Shared*>(smem + C::kSharedAt);
+  const RowTile tile(p, p.row_tiles - 1 - blockIdx.x);  // the longest first
+  const Chunks chunks(p.offsets, p.num_chunks, tile.pair / p.selection_heads, p.capacity, p.seqlen_k);
+  init_barriers<C>(shared);
+  if (warp_id() == 0) find_range<C>(p, tile, chunks, shared);
+  find_reach<C>(p, tile, shared);
+  load_rows<T, C>(p, tile, smem + C::kRowsAt, shared);
+  const int first = uniform(max(static_cast<int>(blockIdx.y) * p.lse_chunks, shared.first));
+  const int last = uniform(min((static_cast<int>(blockIdx.y) + 1) * p.lse_chunks, shared.last));
+  if (first >= last) return;
+  guess_references<T, C, kSoftcap>(p, tile.pair, p.window > 0 ? (first + last) / 2 : first, smem + C::kRowsAt, shared);
+  __syncthreads();
+
+  const int group = uniform(threadIdx.x / 128), whole = uniform(shared.whole);
+  const uint32_t stages = smem_address(smem), rows = stages + C::kRowsAt + group * C::RowTile::kBytes;
+  Rings<C::kStages> rings;
+  const int slot = threadIdx.x;
+  const SlotRow at = slot < C::kSlots ? slot_row<C>(p, tile, slot) : SlotRow{-1, 0};
+  const bool alive = at.block >= 0 && !shared.dead[slot];
+  float total = 0;
+  bool careful = false, maxima = false;
+  while (true) {
+    float part[C::kAcc / 2];
+#pragma unroll
+    for (float& x : part) x = maxima ? -INFINITY : 0.0f;
+    const float* offset = shared.offset + group * C::kGroupRows + lane_id() % 4 * 2;
+    walk_chunks<T, C>(
+        p, tile.pair, first, last, careful ? first : min(last, whole), stages, rows, shared, rings,
+        [&](int, float (&acc)[C::kAcc], LaneChunks& lane) {
+          if (kSoftcap) cap_logits<C>(p, acc, lane);
+          sum_chunks<C>(offset, acc, lane, part);
+        },
+        [&](int chunk0, float (&acc)[C::kAcc], LaneChunks& lane) {
+          mask_logits<C, kSoftcap, true>(p, chunks, chunk0, group, shared, acc, lane);
+          if (maxima) {
+            max_of_chunks<C>(acc, part);
+          } else {
+            sum_chunks<C>(offset, acc, lane, part);
+          }
+        });
+    fold_lanes<C>(part, group, maxima, shared);
+    __syncthreads();
+    if (slot < C::kSlots) {
+      total = shared.warp_part[0][slot];
+      for (int w = 1; w < 4; ++w) {
+        total = maxima ? fmaxf(total, shared.warp_part[w][slot]) : total + shared.warp_part[w][slot];
+      }
+      if (maxima && alive) shared.offset[slot] = total > -INFINITY ? -total : 0.0f;
+    }
+    const bool good = maxima || careful || !alive || (total > kLeastSum && total < kMostSum);
+    if (!__syncthreads_or(!good || maxima)) break;
+    maxima = !maxima, careful = true;
+  }
+  const int64_t split = static_cast<int64_t>(blockIdx.y) * p.all_pairs * p.query_blocks;
+  if (at.block >= 0) {
+    p.partial[(split + list_of(p, tile, at.block)) * p.octets * 8 + at.row] =
+        make_float2(alive ? -shared.offset[slot] : kLowest, alive ? total : 0.0f);
+  }
+  if (slot < tile.blocks) p.careful[split + list_of(p, tile, slot)] = careful;
+#endif
+}
+
+// offset[slot] = -row_lse in log2 units, -inf where a row has no chunk or no place in the mean; writes row_lse where
+// `writes`. True where some product may have overflowed.
+template <class C>
+__device__ bool merge_splits(const WgmmaParams& p, const RowTile& tile, bool writes, typename C::Shared& shared) {
+  const int split0 = shared.first / p.lse_chunks, split1 = (shared.last + p.lse_chunks - 1) / p.lse_chunks;
+  const int64_t lists = static_cast<int64_t>(p.all_pairs) * p.query_blocks;
+  bool careful = false;
+  if (static_cast<int>(threadIdx.x) < tile.blocks) {
+    for (int split = split0; split < split1; ++split) {
+      careful |= p.careful[split * lists + list_of(p, tile, threadIdx.x)] != 0;
+    }
+    const int block = tile.first_block + threadIdx.x;
+    const int queries = p.sampled.last_query(block) - block * p.sampled.q_block + 1;
+    const int samples = (queries + p.sampled.q_stride - 1) / p.sampled.q_stride;
+    shared.weight[threadIdx.x] = 1.0f / static_cast<float>(p.list_heads * samples);
+  }
+  const int slot = threadIdx.x;
+  if (slot < C::kSlots) {
+    const SlotRow at = slot_row<C>(p, tile, slot);
+    float top = kLowest, sum = 0;
+    for (int split = split0; at.block >= 0 && split < split1; ++split) {
+      const float2 part = p.partial[(split * lists + list_of(p, tile, at.block)) * p.octets * 8 + at.row];
+      const float both = fmaxf(top, part.x);
+      sum = sum * exp2f(top - both) + part.y * exp2f(part.x - both);
+      top = both;
+    }
+    const int block = tile.first_block + max(at.block, 0), sample = at.row % p.sampled.samples;
+    const bool used = at.block >= 0 && p.sampled.used(block, sample);
+    const float lse = sum > 0 ? top + log2f(sum) : -INFINITY;
+    shared.offset[slot] = used && sum > 0 ? -lse : -INFINITY;
+    if (writes && at.block >= 0) {
+      const int batch = tile.pair / p.selection_heads;
+      const int head = tile.pair % p.selection_heads * p.list_heads + at.row / p.sampled.samples;
+      p.row_lse[((static_cast<int64_t>(batch) * p.heads + head) * p.query_blocks + block) * p.sampled.samples +
+                sample] = used ? lse / kLog2OfE : INFINITY;
+    }
+  }
+  return __syncthreads_or(careful);
+}
+
+template <class T, int kHeadDim, bool kSoftcap, int kBlockOctets>
+__global__ void __launch_bounds__(kThreads, 1) score_kernel(const __grid_constant__ WgmmaParams p) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  using C = Config<kHeadDim>;
+  extern __shared__ __align__(1024) char smem[];
+  typename C::Shared& shared = *reinterpret_cast<typename C::Shared*>(smem + C::kSharedAt);
+  const int group = uniform(threadIdx.x / 128);
+  const uint32_t stages = smem_address(smem), rows = stages + C::kRowsAt + group * C::RowTile::kBytes;
+  Rings<C::kStages> rings;
+  init_barriers<C>(shared);
+  const int tiles = p.row_tiles / p.parts;
+  for (int part = 0; part < p.parts; ++part) {
+    const RowTile tile(p, (tiles - 1 - static_cast<int>(blockIdx.x)) * p.parts + part);  // the longest first
+    const Chunks chunks(p.offsets, p.num_chunks, tile.pair / p.selection_heads, p.capacity, p.seqlen_k);
+    if (warp_id() == 0) find_range<C>(p, tile, chunks, shared);
+    find_reach<C>(p, tile, shared);
+    load_rows<T, C>(p, tile, smem + C::kRowsAt, shared);
+    const int first = uniform(max(static_cast<int>(blockIdx.y) * p.score_chunks, shared.first));
+    const int last = uniform(min((static_cast<int>(blockIdx.y) + 1) * p.score_chunks, shared.last));
+    if (first >= last && blockIdx.y > 0) return;
+    const bool careful = merge_splits<C>(p, tile, blockIdx.y == 0, shared);  // and a barrier
+    if (first < last) {
+      walk_chunks<T, C>(
+          p, tile.pair, first, last, uniform(careful ? first : min(last, shared.whole)), stages, rows, shared, rings,
+          [&](int chunk0, float (&acc)[C::kAcc], LaneChunks& lane) {
+            if (kSoftcap) cap_logits<C>(p, acc, lane);
+            reduce_rows<C, kBlockOctets>(p, tile, chunk0, last, group, part > 0, shared, acc, lane);
+          },
+          [&](int chunk0, float (&acc)[C::kAcc], LaneChunks& lane) {
+            mask_logits<C, kSoftcap, false>(p, chunks, chunk0, group, shared, acc, lane);
+            reduce_rows<C, kBlockOctets>(p, tile, chunk0, last, group, part > 0, shared, acc, lane);
+          });
+    }
+    __syncthreads();
+  }
+#endif
+}
+
+// --- Launch ----------------------------------------------------------------------------------------------------------
+
+// Splits of the chunks, so that a call of few tiles fills a GPU, and the chunks of each.
+void split_chunks(const MassParams& x, int64_t tiles, int* splits, int* chunks) {
+  const int64_t most = std::max<int64_t>(x.capacity / kLeastSplit, 1);
+  *splits = static_cast<int>(std::clamp<int64_t>(ceil_div(kFewTiles, std::max<int64_t>(tiles, 1)), 1, most));
+  *chunks = static_cast<int>(ceil_div(std::max(x.capacity, 1), static_cast<int64_t>(*splits) * kMassTile) * kMassTile);
+}
+
+template <class C>
+WgmmaParams plan(const MassParams& x, int all_pairs) {
+  WgmmaParams p = {};
+  static_cast<MassParams&>(p) = x;
+  p.all_pairs = all_pairs, p.octets = (x.rows() + 7) / 8, p.head_dim = C::kHeadDim, p.tile_slots = C::kSlots;
+  p.pitch = static_cast<int>(mass_pitch(x.capacity));
+  p.group_blocks = C::kGroupOctets / p.octets;
+  p.parts = p.group_blocks > 0 ? 1 : static_cast<int>(ceil_div(p.octets, kGroups * C::kGroupOctets));
+  const auto row_tiles = [&](int blocks) {
+    return p.group_blocks > 0 ? static_cast<int>(ceil_div(blocks, kGroups * p.group_blocks)) : blocks * p.parts;
+  };
+  p.row_tiles = row_tiles(x.blocks);
+  split_chunks(x, static_cast<int64_t>(all_pairs) * row_tiles(x.query_blocks), &p.lse_splits, &p.lse_chunks);
+  split_chunks(x, static_cast<int64_t>(x.pairs) * (p.row_tiles / p.parts), &p.score_splits, &p.score_chunks);
+  return p;
+}
+
+// Calls f with the plan of the head_dim's kernels.
+template <class F>
+cudaError_t with_head_dim(int head_dim, F f) {
+  switch (head_dim) {
+    case 64:
+      return f(Config<64>());
+    case 96:
+      return f(Config<96>());
+    case 128:
+      return f(Config<128>());
+    case 256:
+      return f(Config<256>());
+    default:
+      return cudaErrorInvalidValue;
+  }
+}
+
+void layout(WgmmaParams& p, Arena& arena) {
+  const int64_t lists = static_cast<int64_t>(p.lse_splits) * p.all_pairs * p.query_blocks;
+  p.partial = arena.take<float2>(lists * p.octets * 8);
+  p.careful = arena.take<int>(lists);
+}
+
+template <class C, class Kernel>
+cudaError_t launch(Kernel kernel, const WgmmaParams& p, dim3 grid, cudaStream_t stream) {
+  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, C::kSmemBytes);
+  if (error != cudaSuccess) return error;
+  kernel<<<grid, kThreads, C::kSmemBytes, stream>>>(p);
+  return cudaGetLastError();
+}
+
+template <class T, class C>
+cudaError_t launch_lse(const WgmmaParams& p, cudaStream_t stream) {
+  return launch<C>(p.softcap > 0 ? lse_kernel<T, C::kHeadDim, true> : lse_kernel<T, C::kHeadDim, false>, p,
+                   dim3(p.row_tiles, p.lse_splits, p.pairs), stream);
+}
+
+template <class T, class C>
+cudaError_t launch_scores(const WgmmaParams& p, cudaStream_t stream) {
+  const dim3 grid(p.row_tiles / p.parts, p.score_splits, p.pairs);
+  if (p.softcap > 0) return launch<C>(score_kernel<T, C::kHeadDim, true, 0>, p, grid, stream);
+  return launch<C>(p.octets == 4 ? score_kernel<T, C::kHeadDim, false, 4> : score_kernel<T, C::kHeadDim, false, 0>, p,
+                   grid, stream);
+}
+
+}  // namespace
+
+bool mass_uses_wgmma() {
+  int device = 0, major = 0, minor = 0;
+  if (cudaGetDevice(&device) != cudaSuccess) return false;
+  if (cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess) return false;
+  if (cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) != cudaSuccess) return false;
+  const char* kernel = attention_kernel(major, minor);
+  return kernel != nullptr && std::strcmp(kernel, "sm90") == 0;
+}
+
+int64_t mass_wgmma_bytes(const MassParams& all, int head_dim) {
+  Arena arena(nullptr);
+  with_head_dim(head_dim, [&](auto config) {
+    WgmmaParams p = plan<decltype(config)>(all, all.pairs);
+    layout(p, arena);
+    return cudaSuccess;
+  });
+  return arena.used();
+}
+
+cudaError_t run_mass_wgmma(MassStep step, const MassParams& x, int all_pairs, const MassMeans& means, DType dtype,
+                           int head_dim, void* memory, cudaStream_t stream) {
+  if (x.pairs == 0 || x.blocks == 0) return cudaSuccess;
+  return with_head_dim(head_dim, [&](auto config) {
+    using C = decltype(config);
+    Arena arena(memory);
+    WgmmaParams p = plan<C>(x, all_pairs);
+    layout(p, arena);
+    p.means = means;
+    if (step == MassStep::kLse) {
+      return dtype == DType::kFloat16 ? launch_lse<__half, C>(p, stream) : launch_lse<__nv_bfloat16, C>(p, stream);
+    }
+    return dtype == DType::kFloat16 ? launch_scores<__half, C>(p, stream) : launch_scores<__nv_bfloat16, C>(p, stream);
+  });
+}
+
+}  // namespace dhsa::cuda
