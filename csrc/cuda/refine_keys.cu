@@ -14,27 +14,82 @@
 #include "cuda/device/chunk_selection.h"
 #include "cuda/launch.h"
 #include "cuda/refine.h"
+#include "cuda/refine_select.h"
 #include "cuda/router.h"
 
 namespace dhsa::cuda {
 namespace {
 
-constexpr int kThreads = kRefineThreads, kWarps = kThreads / 32;
+// Threads of the two selections, and keys that one holds in registers: 8,192 chunks, 4,096 entries; more go through
+// memory.
+constexpr int kCoarseThreads = 512, kChunkKeys = 16;
+constexpr int kThreads = kRefineThreads, kWarps = kThreads / 32, kListKeys = 16;
+constexpr int kBatch = 8;  // loads of a thread in flight
+
+struct CoarseShared {
+  SelectionShared<kCoarseThreads> selection;
+  RegisterSelect<kCoarseThreads, kChunkKeys>::Shared chosen;
+  int bounds[2];
+};
 
 struct Shared {
   SelectionShared<kThreads> selection;
-  int bounds[2];
+  RegisterSelect<kThreads, kListKeys>::Shared chosen;
+  int last_position;
 };
 
 // --- Coarse: the short list ------------------------------------------------------------------------------------------
 
+// Chooses among chunks [first, first + n), n <= kCoarseThreads * kChunkKeys, with their keys in registers, and leaves
+// the words of above and equal that ChunkSelection::vote would: two trips to memory instead of one for each of a
+// thread's chunks. False, and nothing done, where a chunk is too long for 16 bits.
+__device__ bool choose_chunks(ChunkSelection<kCoarseThreads>& selection, int first, int n, CoarseShared& shared) {
+  using Select = RegisterSelect<kCoarseThreads, kChunkKeys>;
+  uint32_t key[kChunkKeys], weights[kChunkKeys / 2];
+  int longest = 0;
+#pragma unroll
+  for (int batch = 0; batch < kChunkKeys; batch += kBatch) {
+    float score[kBatch];
+    int tokens[kBatch];
+#pragma unroll
+    for (int j = 0; j < kBatch; ++j) {
+      const int i = (batch + j) * kCoarseThreads + static_cast<int>(threadIdx.x);
+      score[j] = i < n ? __ldg(selection.scores + first + i) : 0.0f;
+      tokens[j] = i < n ? selection.free_tokens(first + i) : 0;
+    }
+#pragma unroll
+    for (int j = 0; j < kBatch; j += 2) {
+      key[batch + j] = tokens[j] > 0 ? order_key(score[j]) : 0;
+      key[batch + j + 1] = tokens[j + 1] > 0 ? order_key(score[j + 1]) : 0;
+      weights[(batch + j) / 2] = tokens[j] | tokens[j + 1] << 16;
+      longest = max(longest, max(tokens[j], tokens[j + 1]));
+    }
+  }
+  if (__syncthreads_or(longest > 0xffff)) return false;
+  selection.cutoff = Select{shared.selection.select, shared.chosen}.select(
+      key, selection.keys.want, [&](int j) { return static_cast<int>(weights[j / 2] >> j % 2 * 16 & 0xffff); });
+#pragma unroll
+  for (int j = 0; j < kChunkKeys; ++j) {
+    const uint32_t above = __ballot_sync(kFullWarp, key[j] > selection.cutoff.key);
+    const uint32_t equal = __ballot_sync(kFullWarp, key[j] != 0 && key[j] == selection.cutoff.key);
+    const int word = j * (kCoarseThreads / 32) + warp_id();
+    if (lane_id() == 0) shared.selection.above[word] = above, shared.selection.equal[word] = equal;
+  }
+  __syncthreads();
+  return true;
+}
+
+// A kept chunk: its keys [begin, begin + tokens) are entries [at, at + tokens) of the short list.
+struct KeptChunk {
+  int at, begin, tokens;
+};
+
 // Writes the positions of the first `want` free keys in order of their chunks' scores; returns how many there are.
-__device__ int coarse_list(const Candidates& keys, int want, const Chunks& chunks, const float* scores, Shared& shared,
-                           const Shortlist& list) {
+__device__ int coarse_list(const Candidates& keys, int want, const Chunks& chunks, const float* scores,
+                           CoarseShared& shared, const Shortlist& list) {
   const int free_keys = keys.free_end - keys.free_begin;
   if (want >= free_keys) {
-    for (int i = threadIdx.x; i < free_keys; i += kThreads) list.positions[i] = keys.free_begin + i;
-    __syncthreads();
+    for (int i = threadIdx.x; i < free_keys; i += kCoarseThreads) list.positions[i] = keys.free_begin + i;
     return free_keys;
   }
   if (warp_id() < 2) {
@@ -45,41 +100,42 @@ __device__ int coarse_list(const Candidates& keys, int want, const Chunks& chunk
   const int first = max(shared.bounds[0] - 1, 0), last = min(shared.bounds[1], chunks.count);
   Candidates short_keys = keys;
   short_keys.want = want;
-  ChunkSelection<kThreads> selection = {short_keys, chunks, scores, shared.selection};
-  selection.choose(first, last);
+  ChunkSelection<kCoarseThreads> selection = {short_keys, chunks, scores, shared.selection};
+  const bool in_registers =
+      want > 0 && last - first <= kCoarseThreads * kChunkKeys && choose_chunks(selection, first, last - first, shared);
+  if (!in_registers) selection.choose(first, last);
+  constexpr int kRoom = RadixSelect<kCoarseThreads>::kBins * 4 / static_cast<int>(sizeof(KeptChunk));
+  KeptChunk* kept_chunks = reinterpret_cast<KeptChunk*>(shared.selection.select.histogram);
   int ties_used = 0, count = 0;
   for (int tile = first; tile < last; tile += kChunkWords * 32) {
-    selection.vote(tile, last);
-    const ChunkWord word = selection.decide(tile, ties_used);
+    if (!in_registers) selection.vote(tile, last);
+    ChunkWord word = selection.decide(tile, ties_used);
     const int word_first = tile + static_cast<int>(threadIdx.x) * 32;
     const auto taken = [&](int bit) {
       return word.divided >> bit & 1 ? word.take : selection.free_tokens(word_first + bit);
     };
-    int tokens = 0, total;
+    int tokens = 0, total, total_kept;
     for (uint32_t bits = word.kept; bits != 0; bits &= bits - 1) tokens += taken(__ffs(bits) - 1);
     int at = count + shared.selection.select.scan.exclusive_sum(tokens, &total);
+    int slot = shared.selection.select.scan.exclusive_sum(__popc(word.kept), &total_kept);
     count += total;
-    if (__any_sync(kFullWarp, __popc(word.kept) > 6)) {  // crowded words: a lane a chunk, one word after the other
-      for (unsigned left = __ballot_sync(kFullWarp, word.kept != 0); left != 0; left &= left - 1) {
-        const int from = __ffs(left) - 1, chunk = __shfl_sync(kFullWarp, word_first, from) + lane_id();
-        const uint32_t kept = __shfl_sync(kFullWarp, word.kept, from), cut = __shfl_sync(kFullWarp, word.divided, from);
-        const int take = __shfl_sync(kFullWarp, word.take, from), first_at = __shfl_sync(kFullWarp, at, from);
-        int n = 0;
-        if (kept >> lane_id() & 1) n = cut >> lane_id() & 1 ? take : selection.free_tokens(chunk);
-        const int end = first_at + warp_inclusive_sum(n);
-        const int shift = n > 0 ? selection.free_begin(chunk) - (end - n) : 0;
-        for (int i = end - n; i < min(end, want); ++i) list.positions[i] = i + shift;
+    // Kept chunks go through shared memory, so that half a warp writes each.
+    for (int done = 0; done < total_kept; done += kRoom) {
+      for (; word.kept != 0 && slot < done + kRoom; ++slot) {
+        const int bit = __ffs(word.kept) - 1, here = taken(bit);
+        if (slot >= done) kept_chunks[slot - done] = {at, selection.free_begin(word_first + bit), here};
+        at += here, word.kept &= word.kept - 1;
       }
-    } else {
-      for (uint32_t bits = word.kept; bits != 0; bits &= bits - 1) {
-        const int bit = __ffs(bits) - 1, begin = selection.free_begin(word_first + bit);
-        const int end = at + taken(bit), shift = begin - at;
-        for (; at < end; ++at) {
-          if (at < want) list.positions[at] = at + shift;
+      __syncthreads();
+      for (int i = static_cast<int>(threadIdx.x) / 16; i < min(total_kept - done, kRoom); i += kCoarseThreads / 16) {
+        const KeptChunk chunk = kept_chunks[i];
+        if (chunk.at < 0) continue;  // overlapping chunks of malformed offsets may add up to anything
+        for (int k = static_cast<int>(threadIdx.x) % 16; k < min(chunk.tokens, want - chunk.at); k += 16) {
+          list.positions[chunk.at + k] = chunk.begin + k;
         }
       }
+      __syncthreads();
     }
-    __syncthreads();
   }
   return min(count, want);
 }
@@ -167,16 +223,115 @@ __device__ int write_runs(const Candidates& keys, const Shortlist& list, int n, 
   return min(count + (suffix && !joins_suffix), capacity);
 }
 
+// mark_kept and write_runs of a list of n <= kThreads * kListKeys entries, a thread an entry throughout.
+__device__ int runs_from_registers(const Candidates& keys, const Shortlist& list, int n, int* runs, int capacity,
+                                   Shared& shared) {
+  using Select = RegisterSelect<kThreads, kListKeys>;
+  constexpr int kWords = kThreads / 32 * kListKeys;
+  static_assert(7 * kWords <= RadixSelect<kThreads>::kBins && kWords <= kThreads,
+                "the histogram's memory holds the words");
+  const bool choose = keys.want < n;
+  uint32_t key[kListKeys];
+  float score[kListKeys] = {};
+#pragma unroll
+  for (int j = 0; j < kListKeys; ++j) {
+    const int i = j * kThreads + static_cast<int>(threadIdx.x);
+    if (choose && i < n) score[j] = __ldg(list.scores + i);
+  }
+#pragma unroll
+  for (int j = 0; j < kListKeys; ++j) {
+    key[j] = j * kThreads + static_cast<int>(threadIdx.x) < n ? order_key(score[j]) : 0;
+  }
+  Cutoff cutoff = {0, 0};  // every entry is above it
+  if (choose) {
+    cutoff = Select{shared.selection.select, shared.chosen}.select(key, keys.want, [](int) { return 1; });
+    __syncthreads();
+  }
+  int position[kListKeys];
+#pragma unroll
+  for (int j = 0; j < kListKeys; ++j) {
+    const int i = j * kThreads + static_cast<int>(threadIdx.x);
+    position[j] = i < n ? __ldg(list.positions + i) : 0;
+  }
+
+  // By word of 32 entries: kept ones, those whose successor is the next key, the outer positions.
+  int* words = shared.selection.select.histogram;
+  uint32_t* above = reinterpret_cast<uint32_t*>(words);
+  uint32_t *equal = above + kWords, *follows = equal + kWords, *starts = follows + kWords, *ends = starts + kWords;
+  int *head = words + 5 * kWords, *tail = head + kWords;
+#pragma unroll
+  for (int j = 0; j < kListKeys; ++j) {
+    const int word = j * (kThreads / 32) + warp_id(), i = word * 32 + lane_id();
+    const int next = __shfl_down_sync(kFullWarp, position[j], 1);
+    const uint32_t links = __ballot_sync(kFullWarp, lane_id() < 31 && i + 1 < n && next == position[j] + 1);
+    const uint32_t better = __ballot_sync(kFullWarp, key[j] > cutoff.key);
+    const uint32_t same = __ballot_sync(kFullWarp, key[j] != 0 && key[j] == cutoff.key);
+    if (lane_id() == 0) above[word] = better, equal[word] = same, follows[word] = links, head[word] = position[j];
+    if (lane_id() == 31) tail[word] = position[j];
+    if (i == n - 1) shared.last_position = position[j];
+  }
+  __syncthreads();
+  const int word = threadIdx.x;
+  uint32_t kept = 0, link = 0;
+  {
+    uint32_t ties = word < kWords ? equal[word] : 0;
+    int total;
+    int used = shared.selection.select.scan.exclusive_sum(__popc(ties), &total);
+    if (word < kWords) {
+      kept = above[word], link = follows[word];
+      for (; ties != 0 && used < cutoff.rest; ties &= ties - 1, ++used) kept |= ties & (0u - ties);
+      if (word + 1 < kWords && (word + 1) * 32 < n && head[word + 1] == tail[word] + 1) link |= 0x80000000u;
+      above[word] = kept, follows[word] = link;  // only this thread has read them
+    }
+  }
+  __syncthreads();
+  const bool prefix = keys.begin < keys.free_begin, suffix = keys.free_end < keys.end;
+  const bool joins_prefix = prefix && n > 0 && head[0] == keys.free_begin && (above[0] & 1) != 0;
+  const bool joins_suffix =
+      suffix && n > 0 && shared.last_position + 1 == keys.free_end && (above[(n - 1) / 32] >> (n - 1) % 32 & 1) != 0;
+  uint32_t starting = 0;
+  if (word < kWords) {
+    const bool before = word > 0 ? (above[word - 1] & follows[word - 1]) >> 31 : joins_prefix;
+    const uint32_t after = word + 1 < kWords ? above[word + 1] & 1 : 0;
+    starting = kept & ~((kept & link) << 1 | static_cast<uint32_t>(before));
+    starts[word] = starting, ends[word] = kept & ~(link & (kept >> 1 | after << 31));
+  }
+  int total;
+  const int base = prefix + shared.selection.select.scan.exclusive_sum(__popc(starting), &total);
+  if (word < kWords) equal[word] = static_cast<uint32_t>(base);
+  __syncthreads();
+  const int count = prefix + total;
+  const auto put = [&](int run, int side, int at) {
+    if (run < capacity) runs[2 * run + side] = at;
+  };
+#pragma unroll
+  for (int j = 0; j < kListKeys; ++j) {
+    const int here = j * (kThreads / 32) + warp_id();
+    const uint32_t start = starts[here], up_to = start & (2u << lane_id()) - 1;
+    const int run = static_cast<int>(equal[here]) + __popc(up_to) - 1;
+    if (start >> lane_id() & 1) put(run, 0, position[j]);
+    if (ends[here] >> lane_id() & 1) put(run, 1, position[j] + 1);
+  }
+  __syncthreads();  // the last run's end may be written twice
+  if (threadIdx.x == 0) {
+    if (prefix) put(0, 0, keys.begin);
+    if (prefix && !joins_prefix) put(0, 1, keys.free_begin);
+    if (suffix && joins_suffix) put(count - 1, 1, keys.end);
+    if (suffix && !joins_suffix) put(count, 0, keys.free_end), put(count, 1, keys.end);
+  }
+  return min(count + (suffix && !joins_suffix), capacity);
+}
+
 // --- The kernels -----------------------------------------------------------------------------------------------------
 
 __device__ void finish_list(const RefineParams& p, const List& list, int count) {
   int* runs = p.runs + list.row * p.run_capacity * 2;
   if (threadIdx.x == 0) p.num_runs[list.row] = count;
-  for (int i = 2 * count + threadIdx.x; i < 2 * p.run_capacity; i += kThreads) runs[i] = 0;
+  for (int i = 2 * count + threadIdx.x; i < 2 * p.run_capacity; i += blockDim.x) runs[i] = 0;
 }
 
-__global__ void __launch_bounds__(kThreads, 4) coarse_kernel(RefineParams p) {
-  __shared__ Shared shared;
+__global__ void __launch_bounds__(kCoarseThreads, 2) coarse_kernel(RefineParams p) {
+  __shared__ CoarseShared shared;
   const Shortlist shortlist(p);
   const List list(p);
   const int held = p.rules.held(list.batch);
@@ -204,23 +359,28 @@ __global__ void __launch_bounds__(kThreads, 4) fine_kernel(RefineParams p) {
   const int held = p.rules.held(list.batch);
   const Chunks chunks(p.offsets, p.num_chunks, list.batch, p.capacity, held);
   const Candidates keys(p.rules, held, list.block, chunks.begin(chunks.count));
-  mark_kept(shortlist, n, keys.want, shared);
   int* runs = p.runs + list.row * p.run_capacity * 2;
+  if (n <= kThreads * kListKeys) {
+    return finish_list(p, list, runs_from_registers(keys, shortlist, n, runs, p.run_capacity, shared));
+  }
+  mark_kept(shortlist, n, keys.want, shared);
   finish_list(p, list, write_runs(keys, shortlist, n, runs, p.run_capacity, shared));
 }
 
 // --- Launch ----------------------------------------------------------------------------------------------------------
 
-constexpr int64_t kScratchBytes = 64 << 20;
+constexpr int64_t kScratchBytes =
+    72 << 20;  // of short lists: 2,217 of 4,096 keys, where sparse_prefill's slab has 2,048
 
 int64_t short_list_limit(const RefineKeys& x) {
   const int64_t seqlen_k = x.k.shape[2];
   return std::max<int64_t>(1, x.choice.budget >= seqlen_k / x.refine ? seqlen_k : x.choice.budget * x.refine);
 }
 
-// Lists of a launch.
+// Lists of a launch: as many as the scratch holds, or the same share each if it takes several.
 int64_t lists_at_once(const RefineKeys& x, int64_t lists) {
-  return std::min(lists, std::max<int64_t>(kScratchBytes / Shortlist::bytes(short_list_limit(x)), 128));
+  const int64_t most = std::max<int64_t>(kScratchBytes / Shortlist::bytes(short_list_limit(x)), 128);
+  return ceil_div(lists, std::max<int64_t>(ceil_div(lists, most), 1));
 }
 
 struct Workspace {
@@ -279,7 +439,7 @@ cudaError_t run_refine_keys(const RefineKeys& x, const float* q_pooled, void* sc
   for (int64_t first = 0; first < lists && error == cudaSuccess; first += step) {
     const int64_t here = std::min(step, lists - first);
     p.first_list = clamp(first);
-    coarse_kernel<<<here, kThreads, 0, stream>>>(p);
+    coarse_kernel<<<here, kCoarseThreads, 0, stream>>>(p);
     error = run_refine_score(p, x.q.dtype, x.q.shape[3], here, stream);
     fine_kernel<<<here, kThreads, 0, stream>>>(p);
     if (error == cudaSuccess) error = cudaGetLastError();
