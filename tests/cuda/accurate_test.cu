@@ -2,6 +2,9 @@
 // their stages, and times.
 //   accurate_test [all | small | time | profile] [a test's name, a length or decode]
 // small: shapes for compute-sanitizer; profile: one call of each stage, for ncu
+#include <cxxabi.h>
+
+#include <cstdlib>
 #include <set>
 
 #include "cuda/router.h"
@@ -158,6 +161,15 @@ const std::vector<Shape>& shapes() {
       {1, 4, 2, 2, 0, 64, 64, 64, 8},
       {1, 4, 2, 2, 64, 0, 64, 64, 8},
       {1, 8, 2, 2, 300, 5000, 128, 64, 8},  // two splits of chunks
+      // From 256 rows a list on the tensor cores take chunk_mass:
+      {1, 8, 2, 2, 700, 900, 128, 64, 8},            // four octets of rows a block, as the accurate preset has
+      {2, 8, 2, 2, 530, 530, 64, 64, 8, 90, 25.0f},  //
+      {1, 6, 2, 2, 900, 400, 96, 64, 8},             // three octets; queries before the first key
+      {1, 4, 4, 4, 2100, 2100, 128, 64, 8, 300},     // one octet
+      {1, 8, 4, 4, 280, 380, 256, 16, 1},            // a block fills half a warpgroup's 64 rows
+      {1, 16, 1, 1, 200, 390, 256, 64, 8},           // a block spans both warpgroups of a tile
+      {1, 32, 1, 1, 100, 350, 128, 32, 4, 60},       // and at head_dim 128
+      {1, 16, 2, 2, 130, 6000, 64, 32, 2},           // few tiles: chunks in splits
   };
   return all;
 }
@@ -195,6 +207,42 @@ void test_mass_of_odd_values() {
   q[row + 7] = __float2bfloat16(NAN), x.q.host[row + 7] = NAN;
   x.q.buffer.upload(q);
   check_mass(x, "chunk_mass of a NaN query");
+}
+
+// What the tensor cores' logsumexp guesses wrong: logits far above and far below those of the first chunks, rows that
+// one chunk takes whole, products that overflow float32, and rows with a NaN or an infinity.
+void test_mass_of_odd_rows() {
+  for (DType dtype : {DType::kBFloat16, DType::kFloat16}) {
+    const std::string type = ", dtype " + std::to_string(static_cast<int>(dtype));
+    for (float scale : {2.0f, -1.0f, 1e-6f}) {
+      Problem x({1, 8, 2, 2, 600, 900, 64, 64, 8}, dtype, Layout::kHeadsFirst, 12, false);
+      x.mass.softmax.scale = scale;
+      check_mass(x, "chunk_mass of scale " + std::to_string(scale) + type);
+    }
+    for (bool later : {false, true}) {  // the chunk that the reference is taken from, or one that it does not know
+      Problem x({1, 8, 2, 2, 600, 900, 64, 64, 8}, dtype, Layout::kHeadsFirst, 12, false);
+      for (int64_t list = 0; list < 2; ++list)
+        for (int64_t d = 0; d < 64; ++d) x.means[(list * x.capacity + (later ? 20 : 0)) * 64 + d] *= 300;
+      x.d_means.set(x.means);
+      check_mass(x, std::string("chunk_mass of one heavy chunk, ") + (later ? "late" : "first") + type);
+    }
+    Problem x({1, 8, 2, 2, 600, 900, 64, 64, 8}, dtype, Layout::kHeadsFirst, 12, false);
+    const auto set_row = [&](int64_t head, int64_t query, float value) {
+      for (int64_t d = 0; d < 64; d += 13) x.q.host[(head * 600 + query) * 64 + d] = value;
+    };
+    set_row(0, 63, NAN), set_row(3, 127, INFINITY), set_row(5, 191, 0.0f), set_row(6, 255, 6e4f);
+    if (dtype == DType::kBFloat16) {
+      std::vector<__nv_bfloat16> q;
+      for (float& value : x.q.host) q.push_back(__float2bfloat16(value)), value = __bfloat162float(q.back());
+      x.q.buffer.upload(q);
+    } else {
+      std::vector<__half> q;
+      for (float& value : x.q.host) q.push_back(__float2half(value)), value = __half2float(q.back());
+      x.q.buffer.upload(q);
+    }
+    x.mass.softmax.scale = 1e-3f;
+    check_mass(x, "chunk_mass of odd rows" + type);
+  }
 }
 
 // The kept keys of refine_keys, and the second scores of the candidates (-1: not on the short list).
@@ -537,6 +585,79 @@ double time_stage(const Stage& stage, int repeats) {
   return graph.microseconds(5) / 1e3;
 }
 
+// A kernel's name without its namespaces and parameters.
+std::string short_name(const char* symbol) {
+  int status = 0;
+  char* demangled = abi::__cxa_demangle(symbol, nullptr, nullptr, &status);
+  std::string name = status == 0 ? demangled : symbol;
+  std::free(demangled);
+  const std::string space = "(anonymous namespace)::";
+  const size_t at = name.find(space);
+  name = name.substr(at == std::string::npos ? 0 : at + space.size());
+  return name.substr(0, name.find('('));
+}
+
+// Milliseconds of each kernel of a call, all its launches in their order and the others left out of the graph. They run
+// on what the whole call left in memory; together they take longer than the call where launches overlap.
+template <class Stage>
+void time_kernels(const Stage& stage) {
+  Buffer scratch = workspace(cuda::workspace_bytes(stage));
+  cudaStream_t stream;
+  cudaGraph_t graph;
+  cudaGraphExec_t exec;
+  CUDA_CHECK(cudaStreamCreate(&stream));
+  CUDA_CHECK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal));
+  CUDA_CHECK(cuda::run(stage, scratch.data(), stream));
+  CUDA_CHECK(cudaStreamEndCapture(stream, &graph));
+  CUDA_CHECK(cudaGraphInstantiate(&exec, graph, 0));
+  size_t count = 0;
+  CUDA_CHECK(cudaGraphGetNodes(graph, nullptr, &count));
+  std::vector<cudaGraphNode_t> nodes(count);
+  CUDA_CHECK(cudaGraphGetNodes(graph, nodes.data(), &count));
+  std::vector<const void*> functions(count, nullptr), distinct;
+  for (size_t i = 0; i < count; ++i) {
+    cudaGraphNodeType type;
+    CUDA_CHECK(cudaGraphNodeGetType(nodes[i], &type));
+    if (type != cudaGraphNodeTypeKernel) continue;
+    cudaKernelNodeParams params = {};
+    CUDA_CHECK(cudaGraphKernelNodeGetParams(nodes[i], &params));
+    functions[i] = params.func;
+    if (std::find(distinct.begin(), distinct.end(), params.func) == distinct.end()) distinct.push_back(params.func);
+  }
+  CUDA_CHECK(cudaGraphLaunch(exec, stream));
+  CUDA_CHECK(cudaStreamSynchronize(stream));
+  cudaEvent_t start, stop;
+  CUDA_CHECK(cudaEventCreate(&start));
+  CUDA_CHECK(cudaEventCreate(&stop));
+  for (const void* function : distinct) {
+    int launches = 0;
+    for (size_t i = 0; i < count; ++i) {
+      if (functions[i] == nullptr) continue;
+      CUDA_CHECK(cudaGraphNodeSetEnabled(exec, nodes[i], functions[i] == function));
+      launches += functions[i] == function;
+    }
+    std::vector<float> times;
+    for (int i = 0; i < 5; ++i) {
+      float ms = 0;
+      CUDA_CHECK(cudaEventRecord(start, stream));
+      CUDA_CHECK(cudaGraphLaunch(exec, stream));
+      CUDA_CHECK(cudaEventRecord(stop, stream));
+      CUDA_CHECK(cudaEventSynchronize(stop));
+      CUDA_CHECK(cudaEventElapsedTime(&ms, start, stop));
+      times.push_back(ms);
+    }
+    std::sort(times.begin(), times.end());
+    const char* symbol = nullptr;
+    CUDA_CHECK(cudaFuncGetName(&symbol, function));
+    std::printf("    %8.3f ms in %3d launches  %s\n", times[2], launches, short_name(symbol).c_str());
+  }
+  CUDA_CHECK(cudaEventDestroy(start));
+  CUDA_CHECK(cudaEventDestroy(stop));
+  CUDA_CHECK(cudaGraphExecDestroy(exec));
+  CUDA_CHECK(cudaGraphDestroy(graph));
+  CUDA_CHECK(cudaStreamDestroy(stream));
+}
+
 void time_prefill(int64_t length, bool profile = false) {
   constexpr DType kType = DType::kBFloat16;
   Input q(1, 32, length, 128, kType, Layout::kTokensFirst, false),
@@ -575,6 +696,7 @@ void time_prefill(int64_t length, bool profile = false) {
       "attention %.3f, whole %.3f, router %.3f ms; workspace %.0f MiB; paper preset/2048 whole %.3f ms, ratio %.3f\n",
       static_cast<long>(length), t1 + t2, t3, t4, capacity * blocks * 8 * 4e-6, t6, t7, whole, whole - t7,
       cuda::workspace_bytes(x) / 1048576.0, whole_paper, whole / whole_paper);
+  time_kernels(x);
   std::fflush(stdout);
 }
 
@@ -616,6 +738,7 @@ int run_all(const std::string& mode, const std::string& only) {
   small_run = mode == "small";
   const std::pair<const char*, void (*)()> tests[] = {{"chunk_mass", test_mass},
                                                       {"chunk_mass of odd values", test_mass_of_odd_values},
+                                                      {"chunk_mass of odd rows", test_mass_of_odd_rows},
                                                       {"refine_keys", test_refine},
                                                       {"refine_keys of ties", test_refine_ties},
                                                       {"refine_keys of long lists", test_long_refine},
