@@ -1,9 +1,8 @@
 // How keys and values come to the sm_90a attention kernel, forced by an environment variable for tests and timing.
 //
-//   DHSA_FORCE_CUDA_LOADER=auto     as when unset: of a whole tile, neighbours come by TMA, in one box or by eights;
-//                                   other keys, ragged tiles, and every tile where no tensor maps can be made
-//                                   (sm90/key_boxes.h) come by cp.async
-//                          gather   every key by cp.async
+//   DHSA_FORCE_CUDA_LOADER=auto     as when unset: a tile of kBlockN neighbouring keys comes by TMA, every other tile,
+//                                   and every tile where no tensor maps can be made (sm90/key_boxes.h), by cp.async
+//                          gather   every tile by cp.async
 //                          tma      as auto, but a call without tensor maps, or on another kernel, is refused
 //
 // Both ways leave the same bytes in shared memory: the answers are equal bit for bit.

@@ -65,25 +65,6 @@ __device__ inline void copy_listed_rows(uint32_t smem, const T* base, int64_t ro
   }
 }
 
-// Rows [8 eight, 8 eight + 8) of a tile by one warp, for keys listed in shared memory, none of them kAbsentKey.
-template <class T, int kHeadDim, int kBlockN>
-__device__ inline void copy_eight_rows(uint32_t smem, const T* base, int64_t row_stride, const int32_t* keys,
-                                       int32_t eight, int32_t lane) {
-  using Shape = GatherShape<kHeadDim, 1>;
-  constexpr int kRows = 8 / Shape::kRowsPerWarp;  // consecutive rows of a lane group
-  const int32_t first_row = 8 * eight + lane / Shape::kLanesPerRow * kRows, first_chunk = lane % Shape::kLanesPerRow;
-#pragma unroll
-  for (int32_t r = 0; r < kRows; ++r) {
-    const T* source = base + keys[first_row + r] * row_stride + first_chunk * 8;
-#pragma unroll
-    for (int32_t j = 0; j < Shape::kChunksPerLane; ++j) {
-      const int32_t chunk = first_chunk + j * Shape::kLanesPerRow;
-      cp_async_16(smem + SmemTile<kBlockN, kHeadDim>::offset(first_row + r, chunk),
-                  source + j * Shape::kLanesPerRow * 8, true);
-    }
-  }
-}
-
 // Packed query rows [first_row, first_row + kRows) of a work item's tile; rows past its end become zeros.
 template <class T, int kHeadDim, int kBlockM, int kRows, int kWarps>
 __device__ inline void gather_queries(uint32_t smem, const AttentionParams& p, const WorkItem& item, int32_t first_row,

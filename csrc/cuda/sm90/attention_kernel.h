@@ -16,12 +16,11 @@
 //   empty[s]    8 consumer warps, after P V of the tile is complete       walker           tile s may be overwritten
 //
 // A gathered tile's copier threads arrive when their cp.asyncs have landed. For a tile of boxes (kBoxes) lane 0 starts
-// the copies, announces their bytes and arrives for its warp. Any other whole tile is both: eight neighbours that begin
-// at a row divisible by 8 are boxes, announced by lane 0, the other rows are gathered, and every lane arrives. A stage
-// is written now through the generic proxy (cp.async), now through the async one (TMA), and always read through the
-// async one (wgmma). From generic write to wgmma, and to the TMA write of a later phase, the order runs through full[s]
-// and the fence.proxy.async that every consumer thread does after it; from TMA write to cp.async through full[s] (the
-// end of a TMA copy fences by itself), wgmma's wait and empty[s].
+// the copies, announces their bytes and arrives for its warp. A stage is written now through the generic proxy
+// (cp.async), now through the async one (TMA), and always read through the async one (wgmma). From generic write to
+// wgmma, and to the TMA write of a later phase, the order runs through full[s] and the fence.proxy.async that every
+// consumer thread does after it; from TMA write to cp.async through full[s] (the end of a TMA copy fences by itself),
+// wgmma's wait and empty[s].
 //
 // A work item sends at least one tile; the header of a tile says what it is (Header).
 #pragma once
@@ -140,7 +139,8 @@ __device__ inline void walk(const AttentionParams& p, bool boxes, const Smem<C>&
 }
 
 // One lane, for its warp: the tile's keys from `key` on, a box a panel, and the warp's arrivals. Only whole tiles come
-// so: in a ragged one a box would bring V's rows behind the run's end, NaN perhaps.
+// so: in a ragged one a box would bring V's rows behind the run's end, NaN perhaps. Nor are tiles of several runs put
+// together from boxes of 8 rows and gathered rest: 463 TFLOP/s on lists A, where gathering all reaches 560.
 template <class Tile>
 __device__ inline void load_boxes(uint32_t to, const CUtensorMap* map, uint32_t full, int32_t key, int32_t head,
                                   int32_t batch) {
@@ -152,41 +152,10 @@ __device__ inline void load_boxes(uint32_t to, const CUtensorMap* map, uint32_t 
   barrier_arrive(full, 32);
 }
 
-// A whole tile of several runs: eights of rows (the swizzle's atom, so a box may begin there) that hold neighbours come
-// as boxes, a box a panel, the others by cp.async. Runs of 20 leave some two of three rows to the boxes.
-template <class T, class C>
-__device__ inline void load_eights(uint32_t to, const T* base, int64_t row_stride, const CUtensorMap* map,
-                                   uint32_t full, const int32_t* keys, int32_t head, int32_t batch, int32_t lane) {
-  static_assert(C::kBlockN % 32 == 0, "a lane a key");
-  using Tile = typename C::KTile;
-  uint32_t eights = 0;  // bit e: rows [8 e, 8 e + 8) hold neighbours
-#pragma unroll
-  for (int32_t i = 0; i < C::kSlots; ++i) {
-    const int32_t key = keys[32 * i + lane], before = __shfl_up_sync(0xffffffffu, key, 1);
-    uint32_t follows = __ballot_sync(0xffffffffu, lane % 8 == 0 || key == before + 1);
-    follows &= follows >> 1, follows &= follows >> 2, follows &= follows >> 4;
-    eights |= ((follows & 1) | (follows >> 7 & 2) | (follows >> 14 & 4) | (follows >> 21 & 8)) << 4 * i;
-  }
-  if (lane == 0 && eights != 0) barrier_expect(full, __popc(eights) * Tile::kPanels * 1024);
-#pragma unroll 2
-  for (int32_t e = 0; e < C::kBlockN / 8; ++e) {
-    if (!(eights >> e & 1)) {
-      copy_eight_rows<T, C::kHeadDim, C::kBlockN>(to, base, row_stride, keys, e, lane);
-    } else if (lane == 0) {
-      const int32_t key = keys[8 * e];
-#pragma unroll
-      for (int32_t panel = 0; panel < Tile::kPanels; ++panel) {
-        load_box(to + panel * Tile::kPanelBytes + e * 1024, map, full, 64 * panel, key, head, batch);
-      }
-    }
-  }
-}
-
 // Warp 1 for K, warp 2 for V (tile_offset: where in a stage its tile lies): copies the rows that the walker listed.
 template <class T, class C>
 __device__ inline void copy(const AttentionParams& p, const Smem<C>& smem, const uint8_t* smem_bytes, const void* data,
-                            const Strides& stride, const CUtensorMap* map, const CUtensorMap* eight_map,
-                            int32_t tile_offset, int32_t lane) {
+                            const Strides& stride, const CUtensorMap* map, int32_t tile_offset, int32_t lane) {
   const int32_t* const keys = reinterpret_cast<const int32_t*>(smem_bytes + C::kKeysOffset);
   const volatile int32_t* const header = reinterpret_cast<const int32_t*>(smem_bytes + C::kHeaderOffset);
   Ring<C::kStages> ring;
@@ -209,8 +178,6 @@ __device__ inline void copy(const AttentionParams& p, const Smem<C>& smem, const
       } else {
         if (tile & kRagged) {
           copy_listed_rows<T, C::kHeadDim, C::kBlockN, false>(to, base, stride.row, tile_keys, lane);
-        } else if (!(tile & kNoWork) && eight_map != nullptr) {
-          load_eights<T, C>(to, base, stride.row, eight_map, full, tile_keys, head, item.batch, lane);
         } else if (!(tile & kNoWork)) {
           copy_listed_rows<T, C::kHeadDim, C::kBlockN, true>(to, base, stride.row, tile_keys, lane);
         }
@@ -430,14 +397,8 @@ __global__ void __launch_bounds__(C::kThreads, 1)
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(C::kProducerRegisters));
     const int32_t warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
     if (warp == 0) walk<C>(p, boxes.usable != 0, smem, smem_bytes, lane);
-    const bool usable = boxes.usable != 0;
-    if (warp == 1) {
-      copy<T, C>(p, smem, smem_bytes, p.k, p.k_stride, &boxes.k, usable ? &boxes.k_eight : nullptr, 0, lane);
-    }
-    if (warp == 2) {
-      copy<T, C>(p, smem, smem_bytes, p.v, p.v_stride, &boxes.v, usable ? &boxes.v_eight : nullptr, C::KTile::kBytes,
-                 lane);
-    }
+    if (warp == 1) copy<T, C>(p, smem, smem_bytes, p.k, p.k_stride, &boxes.k, 0, lane);
+    if (warp == 2) copy<T, C>(p, smem, smem_bytes, p.v, p.v_stride, &boxes.v, C::KTile::kBytes, lane);
   } else {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(C::kConsumerRegisters));
     consume<T, C, kPlain>(p, smem, smem_bytes, warpgroup - 1);

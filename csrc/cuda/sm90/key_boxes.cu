@@ -46,10 +46,8 @@ bool encode(CUtensorMap* map, const void* data, const Strides& stride, const Att
 KeyBoxes make_key_boxes(const AttentionParams& p, int head_dim, int rows) {
   KeyBoxes boxes = {};
   if (p.seqlen_k == 0) return boxes;
-  boxes.usable = encode(&boxes.k, p.k, p.k_stride, p, head_dim, rows) &&
-                 encode(&boxes.v, p.v, p.v_stride, p, head_dim, rows) &&
-                 encode(&boxes.k_eight, p.k, p.k_stride, p, head_dim, 8) &&
-                 encode(&boxes.v_eight, p.v, p.v_stride, p, head_dim, 8);
+  boxes.usable =
+      encode(&boxes.k, p.k, p.k_stride, p, head_dim, rows) && encode(&boxes.v, p.v, p.v_stride, p, head_dim, rows);
   return boxes;
 }
 

@@ -9,8 +9,7 @@ namespace dhsa::cuda::sm90 {
 
 // A kernel parameter, by value: a captured graph keeps it.
 struct KeyBoxes {
-  // 4-D, [B, Hkv, Lk, D]; a box is `rows` keys, or 8 of them, x 64 columns, laid down in SmemTile's swizzle.
-  CUtensorMap k, v, k_eight, v_eight;
+  CUtensorMap k, v;    // 4-D, [B, Hkv, Lk, D]; a box is `rows` keys x 64 columns, laid down in SmemTile's swizzle
   int32_t usable = 0;  // 0: no maps, every tile is gathered
 };
 
