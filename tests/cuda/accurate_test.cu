@@ -2,9 +2,6 @@
 // their stages, and times.
 //   accurate_test [all | small | time | profile] [a test's name, a length or decode]
 // small: shapes for compute-sanitizer; profile: one call of each stage, for ncu
-#include <cxxabi.h>
-
-#include <cstdlib>
 #include <set>
 
 #include "cuda/router.h"
@@ -585,79 +582,6 @@ double time_stage(const Stage& stage, int repeats) {
   return graph.microseconds(5) / 1e3;
 }
 
-// A kernel's name without its namespaces and parameters.
-std::string short_name(const char* symbol) {
-  int status = 0;
-  char* demangled = abi::__cxa_demangle(symbol, nullptr, nullptr, &status);
-  std::string name = status == 0 ? demangled : symbol;
-  std::free(demangled);
-  const std::string space = "(anonymous namespace)::";
-  const size_t at = name.find(space);
-  name = name.substr(at == std::string::npos ? 0 : at + space.size());
-  return name.substr(0, name.find('('));
-}
-
-// Milliseconds of each kernel of a call, all its launches in their order and the others left out of the graph. They run
-// on what the whole call left in memory; together they take longer than the call where launches overlap.
-template <class Stage>
-void time_kernels(const Stage& stage) {
-  Buffer scratch = workspace(cuda::workspace_bytes(stage));
-  cudaStream_t stream;
-  cudaGraph_t graph;
-  cudaGraphExec_t exec;
-  CUDA_CHECK(cudaStreamCreate(&stream));
-  CUDA_CHECK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal));
-  CUDA_CHECK(cuda::run(stage, scratch.data(), stream));
-  CUDA_CHECK(cudaStreamEndCapture(stream, &graph));
-  CUDA_CHECK(cudaGraphInstantiate(&exec, graph, 0));
-  size_t count = 0;
-  CUDA_CHECK(cudaGraphGetNodes(graph, nullptr, &count));
-  std::vector<cudaGraphNode_t> nodes(count);
-  CUDA_CHECK(cudaGraphGetNodes(graph, nodes.data(), &count));
-  std::vector<const void*> functions(count, nullptr), distinct;
-  for (size_t i = 0; i < count; ++i) {
-    cudaGraphNodeType type;
-    CUDA_CHECK(cudaGraphNodeGetType(nodes[i], &type));
-    if (type != cudaGraphNodeTypeKernel) continue;
-    cudaKernelNodeParams params = {};
-    CUDA_CHECK(cudaGraphKernelNodeGetParams(nodes[i], &params));
-    functions[i] = params.func;
-    if (std::find(distinct.begin(), distinct.end(), params.func) == distinct.end()) distinct.push_back(params.func);
-  }
-  CUDA_CHECK(cudaGraphLaunch(exec, stream));
-  CUDA_CHECK(cudaStreamSynchronize(stream));
-  cudaEvent_t start, stop;
-  CUDA_CHECK(cudaEventCreate(&start));
-  CUDA_CHECK(cudaEventCreate(&stop));
-  for (const void* function : distinct) {
-    int launches = 0;
-    for (size_t i = 0; i < count; ++i) {
-      if (functions[i] == nullptr) continue;
-      CUDA_CHECK(cudaGraphNodeSetEnabled(exec, nodes[i], functions[i] == function));
-      launches += functions[i] == function;
-    }
-    std::vector<float> times;
-    for (int i = 0; i < 5; ++i) {
-      float ms = 0;
-      CUDA_CHECK(cudaEventRecord(start, stream));
-      CUDA_CHECK(cudaGraphLaunch(exec, stream));
-      CUDA_CHECK(cudaEventRecord(stop, stream));
-      CUDA_CHECK(cudaEventSynchronize(stop));
-      CUDA_CHECK(cudaEventElapsedTime(&ms, start, stop));
-      times.push_back(ms);
-    }
-    std::sort(times.begin(), times.end());
-    const char* symbol = nullptr;
-    CUDA_CHECK(cudaFuncGetName(&symbol, function));
-    std::printf("    %8.3f ms in %3d launches  %s\n", times[2], launches, short_name(symbol).c_str());
-  }
-  CUDA_CHECK(cudaEventDestroy(start));
-  CUDA_CHECK(cudaEventDestroy(stop));
-  CUDA_CHECK(cudaGraphExecDestroy(exec));
-  CUDA_CHECK(cudaGraphDestroy(graph));
-  CUDA_CHECK(cudaStreamDestroy(stream));
-}
-
 void time_prefill(int64_t length, bool profile = false) {
   constexpr DType kType = DType::kBFloat16;
   Input q(1, 32, length, 128, kType, Layout::kTokensFirst, false),
@@ -696,7 +620,6 @@ void time_prefill(int64_t length, bool profile = false) {
       "attention %.3f, whole %.3f, router %.3f ms; workspace %.0f MiB; paper preset/2048 whole %.3f ms, ratio %.3f\n",
       static_cast<long>(length), t1 + t2, t3, t4, capacity * blocks * 8 * 4e-6, t6, t7, whole, whole - t7,
       cuda::workspace_bytes(x) / 1048576.0, whole_paper, whole / whole_paper);
-  time_kernels(x);
   std::fflush(stdout);
 }
 
