@@ -11,7 +11,8 @@ for every contestant: its last logits against attention in float32, DHSA with a 
 One row per model, length and contestant: time to first token (a prefill of random tokens, the logits of its last one),
 split into attention (of it the choice of keys, by itself on one layer's inputs) and the rest; decode tokens/s; peak
 memory above the weights. --decode fixed also times the decode as one fixed step (model_decode.py), a CUDA graph or
-compiled, and counts launches per token before and after. Contestants take turns, round after round; median and spread
+compiled, in a last round of its own, since that makes torch.compile start afresh, and counts launches per token before
+and after. Contestants take turns, round after round; median and spread
 of the rounds. The file is written after every turn. One that runs out of memory gets a row that says so, and longer
 prompts of it are left out.
 """
@@ -229,6 +230,7 @@ def why(error: Exception) -> str:
 @dataclass
 class Runs:
     passes: list[Pass] = field(default_factory=list)
+    fixed: Pass | None = None  # of the last round, for its decode alone
     choice_s: float | None = None
     failure: str | None = None
 
@@ -262,26 +264,28 @@ class Bench:
         ids = torch.randint(2, self.model.config.vocab_size, (1, length), device=self.device)
         runs = {c.name: Runs(failure=wrong[c.name].failure if c.name in wrong else None) for c in self.entrants}
         before = list(self.report.data["rows"])
-        for round_ in range(self.arguments.repeats + 1):  # the first one warms up, and is not counted
+        fixed_rounds = int(self.arguments.decode == "fixed")
+        for round_ in range(self.arguments.repeats + 1 + fixed_rounds):  # the first one warms up, and is not counted
             for contestant in self.entrants:
                 run = runs[contestant.name]
                 if run.failure is None and time.monotonic() < self.deadline:
-                    self._turn(contestant, ids, run, warm_up=round_ == 0)
+                    self._turn(contestant, ids, run, warm_up=round_ == 0, fixed=round_ > self.arguments.repeats)
                     rows = [self.row(c, length, runs[c.name]) for c in self.entrants]
                     self.report.data["rows"] = before + rows
                     self.report.write()
         return runs
 
-    def _turn(self, contestant: Contestant, ids: Tensor, run: Runs, warm_up: bool) -> None:
+    def _turn(self, contestant: Contestant, ids: Tensor, run: Runs, warm_up: bool, fixed: bool) -> None:
         arguments = self.arguments
         try:
             if contestant.config is not None:
                 hf.register(contestant.config)
             meter = Metered(contestant, self.device, keep=warm_up and contestant.config is not None)
             tokens = 2 if warm_up else arguments.new_tokens
-            fixed = arguments.decode == "fixed" and not warm_up
             result = one_pass(self.model, ids, contestant, meter, arguments.pieces, tokens, fixed)
-            if not warm_up:
+            if fixed:
+                run.fixed = result
+            elif not warm_up:
                 run.passes.append(result)
             elif contestant.config is not None and meter.layer is not None:
                 run.choice_s = choice_seconds(meter, contestant.config, self.device)
@@ -312,14 +316,14 @@ class Bench:
             "tokens_per_s": statistics.median(p.tokens_per_s for p in run.passes),
             "peak_mib": max(p.peak_mib for p in run.passes),
         }  # fmt: skip
-        last = run.passes[-1]
-        if isinstance(last.fixed, str):
-            row["fixed_failed"] = last.fixed
-        elif last.fixed is not None:
-            rates = [p.fixed.tokens_per_s for p in run.passes if isinstance(p.fixed, model_decode.Decode)]
-            row |= {"fixed_tokens_per_s": statistics.median(rates), "fixed_launches": last.fixed.launches}
-        if last.launches is not None:
-            row["launches"] = last.launches
+        if run.fixed is not None:
+            decode = run.fixed.fixed
+            if isinstance(decode, model_decode.Decode):
+                row |= {"fixed_tokens_per_s": decode.tokens_per_s, "fixed_launches": decode.launches}
+            else:
+                row["fixed_failed"] = decode
+            if run.fixed.launches is not None:
+                row["launches"] = run.fixed.launches
         if run.choice_s is not None:
             calls = -(-length // (self.arguments.pieces or length))
             row["choice_ms"] = run.choice_s * 1e3 * self.about["global_layers"] * calls

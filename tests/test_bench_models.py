@@ -103,11 +103,11 @@ def test_a_run_that_ends_early_leaves_its_rows(monkeypatch, tmp_path):
     turn = bench_models.Bench._turn
     turns = []
 
-    def ends(self, contestant, ids, run, warm_up):
+    def ends(self, contestant, ids, run, **round_):
         turns.append(contestant.name)
         if len(turns) == 4:  # the second contestant's first timed turn
             raise KeyboardInterrupt
-        turn(self, contestant, ids, run, warm_up)
+        turn(self, contestant, ids, run, **round_)
 
     monkeypatch.setattr(bench_models.Bench, "_turn", ends)
     with pytest.raises(KeyboardInterrupt):
