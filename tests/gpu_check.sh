@@ -50,7 +50,7 @@ if step kernels; then
   LINES_SHOWN=8 spawn accurate 120 $bin/accurate_test
   LINES_SHOWN=3 spawn attention 120 $bin/attention_test
   LINES_SHOWN=3 spawn attention_sm80 120 $bin/attention_test check sm80
-  LINES_SHOWN=9 spawn repeat 120 $bin/attention_test repeat
+  LINES_SHOWN=13 spawn repeat 120 $bin/attention_test repeat
   wait
 fi
 if step sanitizer; then
