@@ -15,6 +15,19 @@
 #include "cuda/sm90/key_boxes.h"
 
 namespace dhsa::cuda {
+
+cudaError_t choose_kernels(bool* sm90) {
+  int device = 0, major = 0, minor = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
+  if (error != cudaSuccess) return error;
+  const char* kernel = attention_kernel(major, minor);
+  if (kernel == nullptr) return cudaErrorNoKernelImageForDevice;
+  *sm90 = std::strcmp(kernel, "sm90") == 0;
+  return cudaSuccess;
+}
+
 namespace {
 
 // dense_tail keeps every candidate of the blocks that hold the call's last queries, the paper preset those of the last
@@ -86,26 +99,13 @@ AttentionParams params(const SparseAttention& x, const SplitPlan& plan, const Pa
   return p;
 }
 
-// Whether the sm_90a kernel runs on the current device.
-cudaError_t choose_kernel(bool* sm90) {
-  int device = 0, major = 0, minor = 0;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
-  if (error != cudaSuccess) return error;
-  const char* kernel = attention_kernel(major, minor);
-  if (kernel == nullptr) return cudaErrorNoKernelImageForDevice;
-  *sm90 = std::strcmp(kernel, "sm90") == 0;
-  return cudaSuccess;
-}
-
 // DHSA_FORCE_CUDA_LOADER, "auto" where it is not set.
 const char* forced_loader() {
   const char* loader = std::getenv("DHSA_FORCE_CUDA_LOADER");
   return loader == nullptr || *loader == '\0' ? "auto" : loader;
 }
 
-// DHSA_CUDA_SM90: the build holds sm_90a code. Without it choose_kernel() never asks for these.
+// DHSA_CUDA_SM90: the build holds sm_90a code. Without it choose_kernels() never asks for these.
 template <class T, int kHeadDim>
 cudaError_t run_sm90([[maybe_unused]] AttentionParams& p, [[maybe_unused]] cudaStream_t stream) {
 #ifdef DHSA_CUDA_SM90
@@ -130,7 +130,7 @@ bool has_tensor_maps([[maybe_unused]] const Tensor& k, [[maybe_unused]] const Te
 template <class T, int kHeadDim>
 cudaError_t run_half(const AttentionParams& p, cudaStream_t stream) {
   bool sm90 = false;
-  cudaError_t error = choose_kernel(&sm90);
+  cudaError_t error = choose_kernels(&sm90);
   if (error != cudaSuccess) return error;
   const int rows = p.q_block * p.group;
   AttentionParams launched = p;
@@ -145,33 +145,11 @@ cudaError_t run_half(const AttentionParams& p, cudaStream_t stream) {
 
 template <class T>
 cudaError_t run_half(const AttentionParams& p, int64_t head_dim, cudaStream_t stream) {
-  switch (head_dim) {
-    case 64:
-      return run_half<T, 64>(p, stream);
-    case 96:
-      return run_half<T, 96>(p, stream);
-    case 128:
-      return run_half<T, 128>(p, stream);
-    case 256:
-      return run_half<T, 256>(p, stream);
-    default:
-      return cudaErrorInvalidValue;
-  }
+  return with_head_dim(head_dim, [&](auto dim) { return run_half<T, dim.value>(p, stream); });
 }
 
 cudaError_t run_float32(const AttentionParams& p, int64_t head_dim, cudaStream_t stream) {
-  switch (head_dim) {
-    case 64:
-      return sm80::attention_float32<64>(p, stream);
-    case 96:
-      return sm80::attention_float32<96>(p, stream);
-    case 128:
-      return sm80::attention_float32<128>(p, stream);
-    case 256:
-      return sm80::attention_float32<256>(p, stream);
-    default:
-      return cudaErrorInvalidValue;
-  }
+  return with_head_dim(head_dim, [&](auto dim) { return sm80::attention_float32<dim.value>(p, stream); });
 }
 
 }  // namespace
@@ -182,7 +160,7 @@ std::string loader_refusal(const Tensor& k, const Tensor& v) {
   const std::string variable = "DHSA_FORCE_CUDA_LOADER: expected ";
   if (loader != "tma") return variable + "auto, gather or tma, got '" + loader + "'";
   bool sm90 = false;
-  const cudaError_t error = choose_kernel(&sm90);
+  const cudaError_t error = choose_kernels(&sm90);
   if (error != cudaSuccess || !sm90 || k.dtype == DType::kFloat32) {
     return variable + "auto or gather where the sm_90a kernel does not run, got 'tma'";
   }

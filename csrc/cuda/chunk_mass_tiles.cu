@@ -481,18 +481,7 @@ cudaError_t launch(const MassParams& x, const MassMeans& means, void* scratch, c
 
 template <class T>
 cudaError_t launch(const MassParams& p, const MassMeans& means, int head_dim, void* scratch, cudaStream_t stream) {
-  switch (head_dim) {
-    case 64:
-      return launch<T, 64>(p, means, scratch, stream);
-    case 96:
-      return launch<T, 96>(p, means, scratch, stream);
-    case 128:
-      return launch<T, 128>(p, means, scratch, stream);
-    case 256:
-      return launch<T, 256>(p, means, scratch, stream);
-    default:
-      return cudaErrorInvalidValue;
-  }
+  return with_head_dim(head_dim, [&](auto dim) { return launch<T, dim.value>(p, means, scratch, stream); });
 }
 
 }  // namespace

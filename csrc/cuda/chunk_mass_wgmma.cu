@@ -16,14 +16,15 @@
 // its tile through the chunks twice more: for the maxima, then for the sums, logit by logit.
 #include <algorithm>
 #include <climits>
-#include <cstring>
 
 #include "cuda/device/barrier.h"
 #include "cuda/device/chunks.h"
 #include "cuda/device/cp_async.h"
 #include "cuda/device/load.h"
 #include "cuda/device/logit.h"
+#include "cuda/device/ring.h"
 #include "cuda/device/smem_tile.h"
+#include "cuda/device/tma.h"
 #include "cuda/device/wgmma.h"
 #include "cuda/dispatch.h"
 #include "cuda/launch.h"
@@ -220,26 +221,6 @@ __device__ void find_range(const WgmmaParams& p, const RowTile& tile, const Chun
 // Tells the compiler that all lanes have the same x.
 __device__ inline int uniform(int x) { return __shfl_sync(kFullWarp, x, 0); }
 
-// A walk along the ring of stages.
-template <int kStages>
-struct Ring {
-  int stage = 0;
-  uint32_t parity = 0;
-  __device__ void advance() {
-    if (++stage == kStages) stage = 0, parity ^= 1;
-  }
-};
-
-// Copies `bytes` that count on the barrier as they land, besides this arrival.
-__device__ inline void announce(uint32_t barrier, uint32_t bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
-}
-__device__ inline void bulk_copy(uint32_t smem, const void* global, uint32_t bytes, uint32_t barrier) {
-  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(smem),
-               "l"(global), "r"(bytes), "r"(barrier)
-               : "memory");
-}
-
 // Starts the copy of chunks [chunk0, chunk0 + 64) of the pair to the ring's next stage, once every warp is done with
 // it. One thread.
 template <class C>
@@ -248,7 +229,7 @@ __device__ inline void load_tile(const WgmmaParams& p, int pair, int chunk0, uin
   const uint32_t full = smem_address(&shared.full[ring.stage]), to = smem + ring.stage * C::kStageBytes;
   const int64_t column = static_cast<int64_t>(pair) * p.pitch + chunk0;
   barrier_wait(smem_address(&shared.empty[ring.stage]), ring.parity ^ 1);
-  announce(full, C::kTileBytes + C::kColumnBytes);
+  barrier_arrive_expect(full, C::kTileBytes + C::kColumnBytes);
   bulk_copy(to, static_cast<const char*>(p.means.parts) + column / kMassTile * C::kTileBytes, C::kTileBytes, full);
   bulk_copy(to + C::kTileBytes, p.means.columns + column, C::kColumnBytes, full);
   ring.advance();
@@ -717,23 +698,6 @@ WgmmaParams plan(const MassParams& x, int all_pairs) {
   return p;
 }
 
-// Calls f with the plan of the head_dim's kernels.
-template <class F>
-cudaError_t with_head_dim(int head_dim, F f) {
-  switch (head_dim) {
-    case 64:
-      return f(Config<64>());
-    case 96:
-      return f(Config<96>());
-    case 128:
-      return f(Config<128>());
-    case 256:
-      return f(Config<256>());
-    default:
-      return cudaErrorInvalidValue;
-  }
-}
-
 void layout(WgmmaParams& p, Arena& arena) {
   const int64_t lists = static_cast<int64_t>(p.lse_splits) * p.all_pairs * p.query_blocks;
   p.partial = arena.take<float2>(lists * p.octets * 8);
@@ -765,18 +729,14 @@ cudaError_t launch_scores(const WgmmaParams& p, cudaStream_t stream) {
 }  // namespace
 
 bool mass_uses_wgmma() {
-  int device = 0, major = 0, minor = 0;
-  if (cudaGetDevice(&device) != cudaSuccess) return false;
-  if (cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess) return false;
-  if (cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) != cudaSuccess) return false;
-  const char* kernel = attention_kernel(major, minor);
-  return kernel != nullptr && std::strcmp(kernel, "sm90") == 0;
+  bool sm90 = false;
+  return choose_kernels(&sm90) == cudaSuccess && sm90;
 }
 
 int64_t mass_wgmma_bytes(const MassParams& all, int head_dim) {
   Arena arena(nullptr);
-  with_head_dim(head_dim, [&](auto config) {
-    WgmmaParams p = plan<decltype(config)>(all, all.pairs);
+  with_head_dim(head_dim, [&](auto dim) {
+    WgmmaParams p = plan<Config<dim.value>>(all, all.pairs);
     layout(p, arena);
     return cudaSuccess;
   });
@@ -786,8 +746,8 @@ int64_t mass_wgmma_bytes(const MassParams& all, int head_dim) {
 cudaError_t run_mass_wgmma(MassStep step, const MassParams& x, int all_pairs, const MassMeans& means, DType dtype,
                            int head_dim, void* memory, cudaStream_t stream) {
   if (x.pairs == 0 || x.blocks == 0) return cudaSuccess;
-  return with_head_dim(head_dim, [&](auto config) {
-    using C = decltype(config);
+  return with_head_dim(head_dim, [&](auto dim) {
+    using C = Config<dim.value>;
     Arena arena(memory);
     WgmmaParams p = plan<C>(x, all_pairs);
     layout(p, arena);

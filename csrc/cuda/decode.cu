@@ -482,22 +482,7 @@ cudaError_t run(const SparseDecode& x, void* workspace, cudaStream_t stream) {
                            : run_select_keys(plan.select, all, stream, true);
     }
     if (error != cudaSuccess) return error;
-    switch (x.q.shape[3]) {
-      case 64:
-        error = launch_attend<T, 64>(x, plan, stream);
-        break;
-      case 96:
-        error = launch_attend<T, 96>(x, plan, stream);
-        break;
-      case 128:
-        error = launch_attend<T, 128>(x, plan, stream);
-        break;
-      case 256:
-        error = launch_attend<T, 256>(x, plan, stream);
-        break;
-      default:
-        return cudaErrorInvalidValue;
-    }
+    error = with_head_dim(x.q.shape[3], [&](auto dim) { return launch_attend<T, dim.value>(x, plan, stream); });
     return error == cudaSuccess ? launch_merge<T>(x, plan, stream) : error;
   });
 }

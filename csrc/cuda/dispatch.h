@@ -1,4 +1,4 @@
-// Host helpers of the launchers: a dtype as a type, and a workspace handed out in pieces.
+// Host helpers of the launchers: a dtype as a type, a head_dim as a constant, and a workspace handed out in pieces.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -6,6 +6,7 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <type_traits>
 
 #include "dhsa.h"
 
@@ -27,6 +28,23 @@ cudaError_t with_dtype(DType dtype, F f) {
       break;
   }
   return cudaErrorInvalidValue;
+}
+
+// Calls f with the head_dim as a constant (`.value`), where kernels are compiled for it.
+template <class F>
+cudaError_t with_head_dim(int64_t head_dim, F f) {
+  switch (head_dim) {
+    case 64:
+      return f(std::integral_constant<int, 64>());
+    case 96:
+      return f(std::integral_constant<int, 96>());
+    case 128:
+      return f(std::integral_constant<int, 128>());
+    case 256:
+      return f(std::integral_constant<int, 256>());
+    default:
+      return cudaErrorInvalidValue;
+  }
 }
 
 // Pieces of a workspace, each 256-byte aligned. Built over null, it only counts: workspace_bytes() and run() share one

@@ -44,5 +44,6 @@ bool device_supported(int compute_major, int compute_minor);
 // The attention kernels that run on such a GPU: "sm90" (wgmma) on a 9.0 where the build holds 90a, else "sm80"
 // (mma.sync). DHSA_FORCE_CUDA_KERNEL=sm80|sm90 picks one; null: it names one that cannot run there.
 const char* attention_kernel(int compute_major, int compute_minor);
+cudaError_t choose_kernels(bool* sm90);  // the same for the current device
 
 }  // namespace dhsa::cuda

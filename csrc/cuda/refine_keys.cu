@@ -177,6 +177,20 @@ __device__ void mark_kept(const Shortlist& list, int n, int want, Shared& shared
   }
 }
 
+// Puts the forced keys around `count` runs, of which the first or the last may join them; returns the number of runs.
+template <class Put>
+__device__ inline int put_forced(const Candidates& keys, int count, bool joins_prefix, bool joins_suffix, int capacity,
+                                 const Put& put) {
+  const bool prefix = keys.begin < keys.free_begin, suffix = keys.free_end < keys.end;
+  if (threadIdx.x == 0) {
+    if (prefix) put(0, 0, keys.begin);
+    if (prefix && !joins_prefix) put(0, 1, keys.free_begin);
+    if (suffix && joins_suffix) put(count - 1, 1, keys.end);
+    if (suffix && !joins_suffix) put(count, 0, keys.free_end), put(count, 1, keys.end);
+  }
+  return min(count + (suffix && !joins_suffix), capacity);
+}
+
 // Writes the runs of the marked keys and of the forced ones around them; returns the number of runs.
 __device__ int write_runs(const Candidates& keys, const Shortlist& list, int n, int* runs, int capacity,
                           Shared& shared) {
@@ -214,13 +228,7 @@ __device__ int write_runs(const Candidates& keys, const Shortlist& list, int n, 
     }
   }
   __syncthreads();
-  if (threadIdx.x == 0) {
-    if (prefix) put(0, 0, keys.begin);
-    if (prefix && !joins_prefix) put(0, 1, keys.free_begin);
-    if (suffix && joins_suffix) put(count - 1, 1, keys.end);
-    if (suffix && !joins_suffix) put(count, 0, keys.free_end), put(count, 1, keys.end);
-  }
-  return min(count + (suffix && !joins_suffix), capacity);
+  return put_forced(keys, count, joins_prefix, joins_suffix, capacity, put);
 }
 
 // mark_kept and write_runs of a list of n <= kThreads * kListKeys entries, a thread an entry throughout.
@@ -313,13 +321,7 @@ __device__ int runs_from_registers(const Candidates& keys, const Shortlist& list
     if (ends[here] >> lane_id() & 1) put(run, 1, position[j] + 1);
   }
   __syncthreads();  // the last run's end may be written twice
-  if (threadIdx.x == 0) {
-    if (prefix) put(0, 0, keys.begin);
-    if (prefix && !joins_prefix) put(0, 1, keys.free_begin);
-    if (suffix && joins_suffix) put(count - 1, 1, keys.end);
-    if (suffix && !joins_suffix) put(count, 0, keys.free_end), put(count, 1, keys.end);
-  }
-  return min(count + (suffix && !joins_suffix), capacity);
+  return put_forced(keys, count, joins_prefix, joins_suffix, capacity, put);
 }
 
 // --- The kernels -----------------------------------------------------------------------------------------------------

@@ -343,18 +343,7 @@ cudaError_t launch_score(const RefineParams& p, int64_t lists, cudaStream_t stre
 
 template <class T>
 cudaError_t launch_score(const RefineParams& p, int64_t head_dim, int64_t lists, cudaStream_t stream) {
-  switch (head_dim) {
-    case 64:
-      return launch_score<T, 64>(p, lists, stream);
-    case 96:
-      return launch_score<T, 96>(p, lists, stream);
-    case 128:
-      return launch_score<T, 128>(p, lists, stream);
-    case 256:
-      return launch_score<T, 256>(p, lists, stream);
-    default:
-      return cudaErrorInvalidValue;
-  }
+  return with_head_dim(head_dim, [&](auto dim) { return launch_score<T, dim.value>(p, lists, stream); });
 }
 
 }  // namespace

@@ -133,7 +133,8 @@ class DecodeStep:
         return logits
 
     def _forward(self) -> Tensor:
-        self._cache_seqlens = self._device_length.expand(self._ids.shape[0]).contiguous()
+        if self.sparse:
+            self._cache_seqlens = self._device_length.expand(self._ids.shape[0]).contiguous()
         logits = self.model(
             self._ids, position_ids=self.position.expand(self._ids.shape[0], 1), past_key_values=self, use_cache=True
         ).logits  # fmt: skip

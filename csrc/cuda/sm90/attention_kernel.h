@@ -31,6 +31,7 @@
 #include "cuda/device/epilogue.h"
 #include "cuda/device/gather.h"
 #include "cuda/device/mma.h"
+#include "cuda/device/ring.h"
 #include "cuda/device/run_walker.h"
 #include "cuda/device/smem_tile.h"
 #include "cuda/device/softmax.h"
@@ -48,16 +49,6 @@ enum Header : int32_t {
   kRagged = 16,  // some of the tile's rows hold no key
   kPartial = 8,  // the answer goes to the partials
   kBoxes = 32,   // the tile's keys are kBlockN neighbours: TMA loads them
-};
-
-// A ring position and the parity of its current phase.
-template <int kStages>
-struct Ring {
-  int32_t stage = 0;
-  uint32_t parity = 0;
-  __device__ void advance() {
-    if (++stage == kStages) stage = 0, parity ^= 1;
-  }
 };
 
 template <class C>
