@@ -149,15 +149,17 @@ class DecodeStep:
         window, most = self.config.boundary_window, MAX_OPEN_CHUNK
         n = self._device_length
         ago = torch.arange(-2 * window, 0, device=n.device)
-        recent = self._stacked_keys.index_select(3, (n + ago).clamp_(min=0)).flatten(0, 1)
+        # Eight bytes at a time: torch gathers from over 2^31 elements in several launches.
+        words = self._stacked_keys.view(torch.int64).flatten(0, 1)
+        recent = words.index_select(2, (n + ago).clamp_(min=0)).view(self._stacked_keys.dtype)
         score = ops.boundary_scores(recent, window)[:, window].view_as(self.starts)
         t = (n - window).expand_as(self.starts)
         open_length = t - self.starts
         cut = ((open_length > self.config.nms_radius) & (score > self.bars)) | (open_length == most)
 
-        keys = self._stacked_keys.flatten(0, 1)
         chunk = (self.starts.view(-1, 1) + torch.arange(most, device=n.device)).clamp_(max=self.capacity - 1)
-        chunk = keys.gather(2, chunk.long()[:, None, :, None].expand(-1, keys.shape[1], -1, keys.shape[3]))
+        chunk = words.gather(2, chunk.long()[:, None, :, None].expand(-1, words.shape[1], -1, words.shape[3]))
+        chunk = chunk.view(self._stacked_keys.dtype)
         ends = F.pad(open_length.clamp(0, most).view(-1, 1), (1, 0)).int()
         pooled = ops.chunk_pool(chunk, ends, torch.ones_like(ends[:, 0]), self.pooled.shape[2], self._scale)
         # Where nothing is cut, the column past the last chunk is written, which nobody reads.
