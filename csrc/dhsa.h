@@ -101,6 +101,7 @@ struct ChunkMass {
   Tensor k_mean;               // [B, S, C, D] float32
   Tensor offsets, num_chunks;  // [B, C + 1] int32, [B] int32
   int64_t seqlen_k = 0, q_block = 64, q_stride = 8;
+  QueryRows rows = QueryRows::kSample;
   Softmax softmax;
   Tensor scores, row_lse;  // out: [B, S, nQ, C] float32, [B, H, nQ, ceil(q_block / q_stride)] float32
   Tensor cache_seqlens;    // in, as in SparseDecode
@@ -113,6 +114,7 @@ struct RefineKeys {
   Tensor row_lse;              // [B, H, nQ, ceil(q_block / q_stride)] float32; not given: score "dot"
   Tensor offsets, num_chunks;  // [B, C + 1] int32, [B] int32
   int64_t q_block = 64, refine = 1, q_stride = 8;
+  QueryRows rows = QueryRows::kSample;
   KeyChoice choice;
   Softmax softmax;
   Tensor runs, num_runs;  // out: [B, S, nQ, R, 2] int32, [B, S, nQ] int32
@@ -136,6 +138,7 @@ struct SparsePrefill {
   ChunkScore score = ChunkScore::kDot;
   PoolScale pool = PoolScale::kSqrt;
   int64_t refine = 0, q_stride = 8;
+  QueryRows rows = QueryRows::kSample;
   KeyChoice choice;  // min_chunk is nms_radius + 1 unless offsets were given or a segment is set (then 1)
   int64_t boundary_window = 4, nms_radius = 8;
   float threshold;
