@@ -1,4 +1,4 @@
-// chunk_mass on CPU: sixteen sampled rows at a time against every packed chunk, then a softmax over the chunks.
+// chunk_mass on CPU: sixteen rows at a time against every packed chunk, then a softmax over the chunks.
 #include "cpu/chunk_mass.h"
 
 #include <algorithm>
@@ -21,10 +21,9 @@ void PooledKeys::products(const Kernels& kernels, const float* q, int64_t m, int
   for (int64_t r = 0; r < m; ++r) std::fill(out + r * n + real, out + (r + 1) * n, 0.0f);
 }
 
-void mass_block(const Kernels& kernels, const RowView& q, int64_t b, int64_t first_head, int64_t heads,
-                const PooledKeys& pooled, const ChunkList& chunks, const CutChunk& cut, const Block& block,
-                int64_t q_stride, const Softmax& softmax, float* scores, float* row_lse, int64_t lse_stride,
-                const MassScratch& scratch) {
+void mass_block(const Kernels& kernels, const BlockRows& rows, const PooledKeys& pooled, const ChunkList& chunks,
+                const CutChunk& cut, const Block& block, const Softmax& softmax, float* scores, float* row_lse,
+                int64_t lse_stride, const MassScratch& scratch) {
   constexpr float kInfinity = std::numeric_limits<float>::infinity();
   const int64_t head_dim = pooled.head_dim;
   const auto [c0, c1] = ColumnRange(chunks, block);
@@ -39,25 +38,23 @@ void mass_block(const Kernels& kernels, const RowView& q, int64_t b, int64_t fir
   }
 
   std::fill_n(scores, PooledKeys::padded(pooled.columns), 0.0f);
-  const int64_t samples = sampled_rows(block, q_stride);
-  for (int64_t head = first_head; head < first_head + heads; ++head) {
-    for (int64_t u0 = 0; u0 < samples; u0 += MassScratch::kRows) {
-      const int64_t m = std::min(MassScratch::kRows, samples - u0);
-      kernels.load_rows[q.dtype](q.at(b, head, block.last - u0 * q_stride), -q.row * q_stride, m, head_dim,
-                                 softmax.scale, scratch.q);
+  for (int64_t head = 0; head < rows.heads; ++head) {
+    for (int64_t u0 = 0; u0 < rows.count; u0 += MassScratch::kRows) {
+      const int64_t m = std::min(MassScratch::kRows, rows.count - u0);
+      kernels.load_rows[rows.dtype](rows.at(head, u0), rows.row, m, head_dim, softmax.scale, scratch.q);
       pooled.products(kernels, scratch.q, m, c0, c1, scratch.z);
       if (cut.column >= c0 && cut.column < c1) {
         kernels.dot_rows[0](scratch.q, m, cut.vector, head_dim, nullptr, 1, head_dim, scratch.z + cut.column - c0, n);
       }
       for (int64_t u = 0; u < m; ++u) {
-        row_lse[(head - first_head) * lse_stride + u0 + u] =
+        row_lse[head * lse_stride + u0 + u] =
             n == 0 ? -kInfinity : kernels.mass_row(scratch.z + u * n, scratch.log_n, n, softmax.softcap, scores + c0);
       }
     }
   }
-  const float rows = static_cast<float>(heads * samples);
+  const float votes = static_cast<float>(rows.heads * rows.count);
   for (int64_t c = c0; c < last; ++c) {
-    if (tokens(c) > 0) scores[c] /= rows * static_cast<float>(tokens(c));
+    if (tokens(c) > 0) scores[c] /= votes * static_cast<float>(tokens(c));
   }
 }
 
@@ -65,9 +62,11 @@ namespace {
 
 struct Scratch {
   float* scores;
+  char* means;
   MassScratch mass;
   Scratch(Arena& arena, const ChunkMass& p)
       : scores(arena.take<float>(PooledKeys::padded(p.k_mean.shape[2]))),
+        means(arena.take<char>(mean_bytes(p.rows, p.q, p.k_mean.shape[1], p.q_block, p.q_stride))),
         mass(arena, p.k_mean.shape[2], p.k_mean.shape[3]) {}
 };
 
@@ -105,9 +104,11 @@ void run(const ChunkMass& p, void* workspace, const Executor& executor) {
     for (int64_t head = 0; head < heads; ++head) {
       std::fill_n(row_lse + head * blocks * samples, samples, std::numeric_limits<float>::infinity());
     }
-    mass_block(kernels, q, b, first_head, heads, {panels + list * packed_floats(p), columns, head_dim, kernels.panel},
-               ChunkList(p.offsets, p.num_chunks, b, held), CutChunk{}, block, p.q_stride, p.softmax, scratch.scores,
-               row_lse, blocks * samples, scratch.mass);
+    const BlockRows rows =
+        block_rows(kernels, q, head_dim, b, first_head, heads, block, p.rows, p.q_stride, scratch.means);
+    mass_block(kernels, rows, {panels + list * packed_floats(p), columns, head_dim, kernels.panel},
+               ChunkList(p.offsets, p.num_chunks, b, held), CutChunk{}, block, p.softmax, scratch.scores, row_lse,
+               blocks * samples, scratch.mass);
     std::copy_n(scratch.scores, columns, p.scores.as<float>() + item * columns);
   });
 }

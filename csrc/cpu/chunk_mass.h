@@ -3,6 +3,7 @@
 
 #include "core/types.h"
 #include "cpu/kernels.h"
+#include "cpu/query_rows.h"
 #include "cpu/scratch.h"
 #include "cpu/views.h"
 
@@ -36,9 +37,6 @@ struct CutChunk {
   const float* vector = nullptr;  // [head_dim]
 };
 
-// The sampled rows of a block: its last query and every q_stride-th before it.
-inline int64_t sampled_rows(const Block& block, int64_t q_stride) { return ceil_div(block.queries(), q_stride); }
-
 struct MassScratch {
   static constexpr int64_t kRows = 16;
   float *q, *z, *log_n;  // [kRows][head_dim], [kRows][C], [C]
@@ -48,11 +46,9 @@ struct MassScratch {
         log_n(arena.take<float>(PooledKeys::padded(chunks))) {}
 };
 
-// scores[C] (columns to round_up(C, kMaxPanel) are scratch) and row_lse[head * lse_stride + row] for the query heads
-// [first_head, first_head + heads).
-void mass_block(const Kernels& kernels, const RowView& q, int64_t b, int64_t first_head, int64_t heads,
-                const PooledKeys& pooled, const ChunkList& chunks, const CutChunk& cut, const Block& block,
-                int64_t q_stride, const Softmax& softmax, float* scores, float* row_lse, int64_t lse_stride,
-                const MassScratch& scratch);
+// scores[C] (columns to round_up(C, kMaxPanel) are scratch) and row_lse[head * lse_stride + row] of the block's rows.
+void mass_block(const Kernels& kernels, const BlockRows& rows, const PooledKeys& pooled, const ChunkList& chunks,
+                const CutChunk& cut, const Block& block, const Softmax& softmax, float* scores, float* row_lse,
+                int64_t lse_stride, const MassScratch& scratch);
 
 }  // namespace dhsa::cpu

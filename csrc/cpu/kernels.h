@@ -35,6 +35,9 @@ struct Kernels {
 
   // sum[d] += x[0][d] + ... + x[rows - 1][d].
   void (*add_rows[3])(const void* x, int64_t row_stride, int64_t rows, int64_t head_dim, float* sum);
+  // out[d] = (x[0][d] + ... + x[rows - 1][d]) / rows in x's type: a float32 sum in the order of the rows, one division,
+  // one rounding, so that every ISA gives the same bits.
+  void (*mean_rows[3])(const void* x, int64_t row_stride, int64_t rows, int64_t head_dim, void* out);
 
   // out[r][d] = scale * x[r][d], float32, rows packed at head_dim; and the way back for one row.
   void (*load_rows[3])(const void* x, int64_t row_stride, int64_t rows, int64_t head_dim, float scale, float* out);

@@ -1,4 +1,4 @@
-// refine_keys on CPU: candidates are packed a tile at a time and shared by every sampled row of a KV head.
+// refine_keys on CPU: candidates are packed a tile at a time and shared by every row of a KV head.
 #include "cpu/refine_keys.h"
 
 #include <algorithm>
@@ -10,18 +10,18 @@
 namespace dhsa::cpu {
 namespace {
 
-// Adds min(1, exp(s - row_lse)) of the sampled rows of one head group to the candidates' scores.
-void add_key_mass(const RefineArgs& args, int64_t b, int64_t group, const float* row_lse, int64_t lse_stride,
-                  const Block& block, int64_t candidates, const RefineScratch& scratch) {
+// Adds min(1, exp(s - row_lse)) of the rows of one head group, [first_head, first_head + heads) of the list's, to the
+// candidates' scores.
+void add_key_mass(const RefineArgs& args, int64_t b, int64_t kv_head, const BlockRows& rows, int64_t first_head,
+                  const float* row_lse, int64_t lse_stride, int64_t candidates, const RefineScratch& scratch) {
   const Kernels& kernels = *args.kernels;
-  const int64_t heads = args.heads.heads(), first_head = group * heads, kv_head = args.heads.kv_head(group);
-  const int64_t samples = sampled_rows(block, args.q_stride), rows = heads * samples;
-  for (int64_t first = 0; first < rows; first += RefineScratch::kRows) {
-    const int64_t m = std::min(RefineScratch::kRows, rows - first);
+  const int64_t count = args.heads.heads() * rows.count;
+  for (int64_t first = 0; first < count; first += RefineScratch::kRows) {
+    const int64_t m = std::min(RefineScratch::kRows, count - first);
     for (int64_t r = 0; r < m; ++r) {
-      const int64_t head = (first + r) / samples, u = (first + r) % samples;
-      kernels.load_rows[args.q.dtype](args.q.at(b, first_head + head, block.last - u * args.q_stride), args.q.row, 1,
-                                      args.head_dim, args.softmax.scale, scratch.q + r * args.head_dim);
+      const int64_t head = first_head + (first + r) / rows.count, u = (first + r) % rows.count;
+      kernels.load_rows[rows.dtype](rows.at(head, u), rows.row, 1, args.head_dim, args.softmax.scale,
+                                    scratch.q + r * args.head_dim);
       scratch.lse[r] = row_lse[head * lse_stride + u];
     }
     for (int64_t j = 0; j < candidates; j += kBlockN) {
@@ -47,8 +47,8 @@ void add_key_dot(const RefineArgs& args, int64_t b, int64_t group, int64_t candi
   }
 }
 
-void score_candidates(const RefineArgs& args, int64_t b, int64_t s, const float* row_lse, int64_t lse_stride,
-                      const Block& block, int64_t candidates, const RefineScratch& scratch) {
+void score_candidates(const RefineArgs& args, int64_t b, int64_t s, const BlockRows& rows, const float* row_lse,
+                      int64_t lse_stride, const Block& block, int64_t candidates, const RefineScratch& scratch) {
   std::fill_n(scratch.scores, round_up(candidates, kBlockN), 0.0f);
   const int64_t groups = args.heads.groups_per_list(), heads = args.heads.heads();
   if (row_lse == nullptr) {
@@ -59,16 +59,17 @@ void score_candidates(const RefineArgs& args, int64_t b, int64_t s, const float*
     if (row_lse == nullptr) {
       add_key_dot(args, b, s * groups + g, candidates, scratch);
     } else {
-      add_key_mass(args, b, s * groups + g, row_lse + g * heads * lse_stride, lse_stride, block, candidates, scratch);
+      add_key_mass(args, b, args.heads.kv_head(s * groups + g), rows, g * heads, row_lse, lse_stride, candidates,
+                   scratch);
     }
   }
 }
 
 }  // namespace
 
-int64_t refine_block(const RefineArgs& args, int64_t b, int64_t s, const float* chunk_scores, const float* row_lse,
-                     int64_t lse_stride, const ChunkList& chunks, const Block& block, int32_t* runs, int64_t capacity,
-                     const RefineScratch& scratch) {
+int64_t refine_block(const RefineArgs& args, int64_t b, int64_t s, const float* chunk_scores, const BlockRows& rows,
+                     const float* row_lse, int64_t lse_stride, const ChunkList& chunks, const Block& block,
+                     int32_t* runs, int64_t capacity, const RefineScratch& scratch) {
   RunWriter writer(runs, capacity);
   if (keeps_all(block, args.choice, args.seqlen_q)) {
     writer.add(block.begin, block.end);
@@ -86,7 +87,7 @@ int64_t refine_block(const RefineArgs& args, int64_t b, int64_t s, const float* 
               });
   Cutoff cutoff{0, 0};
   if (n > forced.room) {
-    score_candidates(args, b, s, row_lse, lse_stride, block, n, scratch);
+    score_candidates(args, b, s, rows, row_lse, lse_stride, block, n, scratch);
     for (int64_t i = 0; i < n; ++i) scratch.keys[i] = order_key(scratch.scores[i]);
     cutoff = find_cutoff(scratch.keys, nullptr, n, forced.room);
   } else {
@@ -100,31 +101,44 @@ int64_t refine_block(const RefineArgs& args, int64_t b, int64_t s, const float* 
   return writer.finish();
 }
 
-int64_t workspace_bytes(const RefineKeys& p, int workers) {
-  return workers *
-         scratch_bytes<RefineScratch>(p.chunk_scores.shape[3], p.q.shape[3], p.k.shape[2], p.choice, p.refine);
-}
+namespace {
+
+struct Scratch {
+  char* means;
+  RefineScratch refine;
+  Scratch(Arena& arena, const RefineKeys& p)
+      : means(arena.take<char>(
+            p.row_lse.given() ? mean_bytes(p.rows, p.q, p.chunk_scores.shape[1], p.q_block, p.q_stride) : 0)),
+        refine(arena, p.chunk_scores.shape[3], p.q.shape[3], p.k.shape[2], p.choice, p.refine) {}
+};
+
+}  // namespace
+
+int64_t workspace_bytes(const RefineKeys& p, int workers) { return workers * scratch_bytes<Scratch>(p); }
 
 void run(const RefineKeys& p, void* workspace, const Executor& executor) {
   const int64_t lists = p.chunk_scores.shape[1], blocks = p.chunk_scores.shape[2], columns = p.chunk_scores.shape[3];
   const int64_t seqlen_q = p.q.shape[2], seqlen_k = p.k.shape[2], capacity = p.runs.shape[3];
   const RefineArgs args{&active_kernels(), RowView(p.q), RowView(p.k), {p.q.shape[1], p.k.shape[1], lists},
-                        p.q.shape[3],      seqlen_q,     p.refine,     p.q_stride,
-                        p.choice,          p.softmax};
+                        p.q.shape[3],      seqlen_q,     p.refine,     p.choice,
+                        p.softmax};
   const int64_t samples = p.row_lse.given() ? p.row_lse.shape[3] : 0;
   executor.run(p.q.shape[0] * lists * blocks, [&](int64_t item, int worker) {
     const int64_t b = item / (lists * blocks), s = item / blocks % lists, j = item % blocks;
-    const int64_t first_head = s * (p.q.shape[1] / lists), held = held_keys(p.cache_seqlens, b, seqlen_k);
+    const int64_t heads = p.q.shape[1] / lists, held = held_keys(p.cache_seqlens, b, seqlen_k);
+    const Scratch scratch = worker_scratch<Scratch>(workspace, worker, p);
+    const Block block(j, p.q_block, seqlen_q, held, p.choice.window);
+    BlockRows rows;
     const float* row_lse = nullptr;
     if (p.row_lse.given()) {
-      row_lse = p.row_lse.as<const float>() + ((b * p.q.shape[1] + first_head) * blocks + j) * samples;
+      rows = block_rows(*args.kernels, args.q, args.head_dim, b, s * heads, heads, block, p.rows, p.q_stride,
+                        scratch.means);
+      row_lse = p.row_lse.as<const float>() + ((b * p.q.shape[1] + s * heads) * blocks + j) * samples;
     }
     int32_t* runs = p.runs.as<int32_t>() + item * capacity * 2;
-    const int64_t count = refine_block(
-        args, b, s, p.chunk_scores.as<const float>() + item * columns, row_lse, blocks * samples,
-        ChunkList(p.offsets, p.num_chunks, b, held), Block(j, p.q_block, seqlen_q, held, p.choice.window), runs,
-        capacity,
-        worker_scratch<RefineScratch>(workspace, worker, columns, p.q.shape[3], seqlen_k, p.choice, p.refine));
+    const int64_t count =
+        refine_block(args, b, s, p.chunk_scores.as<const float>() + item * columns, rows, row_lse, blocks * samples,
+                     ChunkList(p.offsets, p.num_chunks, b, held), block, runs, capacity, scratch.refine);
     std::fill(runs + 2 * count, runs + 2 * capacity, 0);
     p.num_runs.as<int32_t>()[item] = static_cast<int32_t>(count);
   });

@@ -12,13 +12,13 @@ struct RefineArgs {
   const Kernels* kernels;
   RowView q, k;
   HeadGroups heads;
-  int64_t head_dim, seqlen_q, refine, q_stride;
+  int64_t head_dim, seqlen_q, refine;
   KeyChoice choice;
   Softmax softmax;
 };
 
 struct RefineScratch {
-  static constexpr int64_t kRows = 64;  // sampled rows that share one packing of the candidates
+  static constexpr int64_t kRows = 64;  // rows that share one packing of the candidates
   ChoiceScratch choice;                 // over chunks
   int32_t* candidates;                  // [candidates] rising
   float* scores;                        // [candidates, padded]
@@ -39,9 +39,10 @@ struct RefineScratch {
   }
 };
 
-// Writes the runs of list s, returns num_runs. row_lse[head in the list * lse_stride + row], or null for score "dot".
-int64_t refine_block(const RefineArgs& args, int64_t b, int64_t s, const float* chunk_scores, const float* row_lse,
-                     int64_t lse_stride, const ChunkList& chunks, const Block& block, int32_t* runs, int64_t capacity,
-                     const RefineScratch& scratch);
+// Writes the runs of list s, returns num_runs. row_lse[head in the list * lse_stride + row] of the block's rows, or
+// null for score "dot", which reads the queries themselves.
+int64_t refine_block(const RefineArgs& args, int64_t b, int64_t s, const float* chunk_scores, const BlockRows& rows,
+                     const float* row_lse, int64_t lse_stride, const ChunkList& chunks, const Block& block,
+                     int32_t* runs, int64_t capacity, const RefineScratch& scratch);
 
 }  // namespace dhsa::cpu

@@ -83,17 +83,20 @@ void choose_keys_of(const SparseDecode& p, const Shapes& shapes, const RefineArg
   const PooledKeys pooled{p.k_pooled.as<const float>() + list * shapes.chunks * shapes.head_dim, shapes.chunks,
                           shapes.head_dim, 0};
   const bool mass = p.score == ChunkScore::kMass;
+  // A block of one query: its only row, and its mean.
+  const BlockRows rows =
+      block_rows(kernels, args.q, shapes.head_dim, b, s * heads, heads, block, QueryRows::kSample, 1, nullptr);
   if (mass) {
-    mass_block(kernels, args.q, b, s * heads, heads, pooled, chunks, CutChunk{}, block, 1, p.softmax, scratch.scores,
-               scratch.row_lse, 1, scratch.mass);
+    mass_block(kernels, rows, pooled, chunks, CutChunk{}, block, p.softmax, scratch.scores, scratch.row_lse, 1,
+               scratch.mass);
   } else {
     const auto [c0, c1] = ColumnRange(chunks, block);
     pool_rows(kernels, args.q, shapes.head_dim, b, s * heads, heads, block.first, block.first + 1, 1.0f, scratch.query);
     if (c0 < c1) pooled.products(kernels, scratch.query, 1, c0, c1, scratch.scores + c0);
   }
   int32_t* runs = lists.runs + item * shapes.runs * 2;
-  const int64_t count = p.refine > 0 ? refine_block(args, b, s, scratch.scores, mass ? scratch.row_lse : nullptr, 1,
-                                                    chunks, block, runs, shapes.runs, scratch.refine)
+  const int64_t count = p.refine > 0 ? refine_block(args, b, s, scratch.scores, rows, mass ? scratch.row_lse : nullptr,
+                                                    1, chunks, block, runs, shapes.runs, scratch.refine)
                                      : select_block(scratch.scores, chunks, block, shapes.choice, shapes.seqlen_q, runs,
                                                     shapes.runs, scratch.refine.choice);
   int32_t keys = 0;
@@ -133,8 +136,8 @@ int64_t workspace_bytes(const SparseDecode& p, int workers) {
 void run(const SparseDecode& p, void* workspace, const Executor& executor) {
   const Shapes shapes(p);
   const AttentionArgs args(active_kernels(), p, shapes.lists);
-  const RefineArgs refine{args.kernels,    args.q,   args.k, shapes.heads,  shapes.head_dim,
-                          shapes.seqlen_q, p.refine, 1,      shapes.choice, p.softmax};
+  const RefineArgs refine{args.kernels,    args.q,   args.k,        shapes.heads, shapes.head_dim,
+                          shapes.seqlen_q, p.refine, shapes.choice, p.softmax};
   Arena arena(workspace);
   const Lists lists(arena, shapes);
   void* scratch = arena.take<char>(0);

@@ -28,7 +28,7 @@ struct Shapes {
         blocks(ceil_div(seqlen_q, p.q_block)),
         lists(p.select_heads),
         pooled_lists(std::min(p.select_heads, p.k.shape[1])),
-        samples(ceil_div(std::min(p.q_block, seqlen_q), p.q_stride)),
+        samples(rows_of_block(std::min(p.q_block, seqlen_q), p.q_stride)),
         finds_boundaries(!p.offsets.given()),
         heads{p.q.shape[1], p.k.shape[1], p.select_heads},
         choice(p.choice) {
@@ -90,6 +90,7 @@ struct PoolScratch {
 struct BlockScratch {
   float *scores, *row_lse, *query, *cut;  // [C, padded], [heads of a list][samples], [head_dim], [head_dim]
   int32_t* runs;                          // [R][2]
+  char* means;
   MassScratch mass;
   RefineScratch refine;
   AttentionScratch attention;
@@ -100,6 +101,8 @@ struct BlockScratch {
         query(arena.take<float>(shapes.head_dim)),
         cut(arena.take<float>(shapes.head_dim)),
         runs(arena.take<int32_t>(2 * shapes.runs)),
+        means(arena.take<char>(
+            p.score == ChunkScore::kMass ? mean_bytes(p.rows, p.q, shapes.lists, p.q_block, p.q_stride) : 0)),
         mass(arena, shapes.chunks, shapes.head_dim),
         refine(arena, shapes.chunks, shapes.head_dim, shapes.seqlen_k, shapes.choice, p.refine),
         attention(arena, shapes.head_dim) {}
@@ -138,8 +141,8 @@ class Prefill {
         panels_(panels),
         kernels_(active_kernels()),
         attention_(kernels_, p, shapes.lists),
-        refine_{&kernels_,       attention_.q, attention_.k, shapes.heads,  shapes.head_dim,
-                shapes.seqlen_q, p.refine,     p.q_stride,   shapes.choice, p.softmax} {}
+        refine_{&kernels_,       attention_.q, attention_.k,  shapes.heads, shapes.head_dim,
+                shapes.seqlen_q, p.refine,     shapes.choice, p.softmax} {}
 
   // A block of the dense tail: every candidate, streamed, for one head group.
   void attend_dense(int64_t b, int64_t group, int64_t j, const AttentionScratch& scratch) const {
@@ -152,12 +155,18 @@ class Prefill {
   void attend_sparse(int64_t b, int64_t s, int64_t j, const BlockScratch& scratch) const {
     const Block block = query_block(j);
     const ChunkList chunks(boundaries_.select.offsets, boundaries_.select.num_chunks, b, shapes_.seqlen_k);
-    score_chunks(b, s, block, chunks, scratch);
+    const bool mass = p_.score == ChunkScore::kMass;
+    const int64_t heads = shapes_.heads.q_heads / shapes_.lists;
+    BlockRows rows;  // read by both chunk_mass and refine_keys
+    if (mass) {
+      rows = block_rows(kernels_, attention_.q, shapes_.head_dim, b, s * heads, heads, block, p_.rows, p_.q_stride,
+                        scratch.means);
+    }
+    score_chunks(b, s, block, rows, chunks, scratch);
     int64_t count;
     if (p_.refine > 0) {
-      const float* row_lse = p_.score == ChunkScore::kMass ? scratch.row_lse : nullptr;
-      count = refine_block(refine_, b, s, scratch.scores, row_lse, shapes_.samples, chunks, block, scratch.runs,
-                           shapes_.runs, scratch.refine);
+      count = refine_block(refine_, b, s, scratch.scores, rows, mass ? scratch.row_lse : nullptr, shapes_.samples,
+                           chunks, block, scratch.runs, shapes_.runs, scratch.refine);
     } else {
       count = select_block(scratch.scores, chunks, block, shapes_.choice, shapes_.seqlen_q, scratch.runs, shapes_.runs,
                            scratch.refine.choice);
@@ -173,18 +182,18 @@ class Prefill {
     return Block(j, p_.q_block, shapes_.seqlen_q, shapes_.seqlen_k, p_.softmax.window);
   }
 
-  void score_chunks(int64_t b, int64_t s, const Block& block, const ChunkList& chunks,
+  void score_chunks(int64_t b, int64_t s, const Block& block, const BlockRows& rows, const ChunkList& chunks,
                     const BlockScratch& scratch) const {
     const int64_t pooled_list = b * shapes_.pooled_lists + s * shapes_.pooled_lists / shapes_.lists;
     const PooledKeys pooled{panels_ + pooled_list * shapes_.packed_floats(), shapes_.chunks, shapes_.head_dim,
                             kernels_.panel};
-    const int64_t heads = shapes_.heads.q_heads / shapes_.lists;
     const CutChunk cut = p_.strict ? cut_chunk(b, s, block, chunks, scratch) : CutChunk{};
     if (p_.score == ChunkScore::kMass) {
-      mass_block(kernels_, attention_.q, b, s * heads, heads, pooled, chunks, cut, block, p_.q_stride, p_.softmax,
-                 scratch.scores, scratch.row_lse, shapes_.samples, scratch.mass);
+      mass_block(kernels_, rows, pooled, chunks, cut, block, p_.softmax, scratch.scores, scratch.row_lse,
+                 shapes_.samples, scratch.mass);
       return;
     }
+    const int64_t heads = shapes_.heads.q_heads / shapes_.lists;
     pool_rows(kernels_, attention_.q, shapes_.head_dim, b, s * heads, heads, block.first, block.last + 1,
               pool_factor(PoolScale::kSqrt, block.queries()), scratch.query);
     const auto [c0, c1] = ColumnRange(chunks, block);

@@ -179,6 +179,7 @@ TEST(IsaFuzz, pooling_and_scores) {
     chunk_mass.seqlen_k = n.seqlen_k;
     chunk_mass.q_block = q_block;
     chunk_mass.q_stride = q_stride;
+    chunk_mass.rows = draw(0, 1) == 0 ? QueryRows::kSample : QueryRows::kMean;
     chunk_mass.softmax = problem.softmax;
     chunk_mass.scores = scores.tensor;
     chunk_mass.row_lse = row_lse.tensor;

@@ -90,6 +90,22 @@ TEST(HalfTypes, the_isa_converts_every_value_alike) {
   }
 }
 
+// A float32 chain, one division and one rounding: the same bits on every ISA, ties and long sums included.
+TEST(Kernels, means_of_rows_bit_for_bit) {
+  const Kernels& kernels = active_kernels();
+  for (const DType dtype : kFloatTypes) {
+    for (const int64_t rows : {1, 2, 3, 16, 128, 131}) {
+      const int64_t head_dim = 8 * draw(1, 5), type = static_cast<int64_t>(dtype);
+      const Array x = Array(dtype, {1, 2, rows, head_dim}, true).fill_normal(std::exp2(draw(-20, 10)));
+      const Array mean(dtype, {1, 1, 1, head_dim});
+      kernels.mean_rows[type](static_cast<char*>(x.tensor.data) + head_dim * element_size(dtype), x.tensor.stride[2],
+                              rows, head_dim, mean.tensor.data);
+      const Row want = block_row(x, 0, 1, Geometry(0, rows, rows, rows, 0), 0, {rows, QueryRows::kMean});
+      for (int64_t d = 0; d < head_dim; ++d) EXPECT_EQ(mean.at({0, 0, 0, d}), want[d]) << rows << " rows, " << d;
+    }
+  }
+}
+
 TEST(Kernels, softcap_of_every_size) {
   const Kernels& kernels = active_kernels();
   const Guard<float> s(1024);

@@ -190,14 +190,43 @@ struct Mass {
   std::vector<Row> row_lse;  // [heads][rows]
 };
 
+// The rows by which a block is known: which of its queries, or means of them.
+struct RowChoice {
+  int64_t q_stride = 1;
+  QueryRows rows = QueryRows::kSample;
+};
+
+inline double rounded(DType dtype, float x) {
+  return dtype == DType::kFloat16    ? float_from_half(half_from_float(x))
+         : dtype == DType::kBFloat16 ? float_from_bfloat16(bfloat16_from_float(x))
+                                     : x;
+}
+
+// Row u of block g, counted back from the last. A mean is the one float32 computation here: its bits are part of the
+// definition.
+inline Row block_row(const Array& q, int64_t b, int64_t h, const Geometry& g, int64_t u, const RowChoice& choice) {
+  const int64_t last = g.last - u * choice.q_stride;
+  if (choice.rows == QueryRows::kSample) return row_of(q, b, h, last);
+  const int64_t first = std::max(g.first, last - choice.q_stride + 1);
+  Row row(q.dim(3));
+  for (int64_t d = 0; d < q.dim(3); ++d) {
+    float sum = 0;
+    for (int64_t i = first; i <= last; ++i) sum += static_cast<float>(q.at({b, h, i, d}));
+    row[d] = rounded(q.tensor.dtype, sum / static_cast<float>(last - first + 1));
+  }
+  return row;
+}
+
 // chunk_mass of the query heads [first, first + heads); mean(c) is the chunk's mean key.
-inline Mass chunk_mass(const Array& q, int64_t b, int64_t first, int64_t heads, const Geometry& g, int64_t q_stride,
-                       const Softmax& softmax, const ChunkRow& row, const std::function<Row(int64_t)>& mean) {
+inline Mass chunk_mass(const Array& q, int64_t b, int64_t first, int64_t heads, const Geometry& g,
+                       const RowChoice& choice, const Softmax& softmax, const ChunkRow& row,
+                       const std::function<Row(int64_t)>& mean) {
   Mass mass{Row(row.size(), 0.0), std::vector<Row>(heads)};
-  const double rows = static_cast<double>(heads * ((g.last - g.first) / q_stride + 1));
+  const int64_t rows = (g.last - g.first) / choice.q_stride + 1;
+  const double votes = static_cast<double>(heads * rows);
   for (int64_t h = 0; h < heads; ++h) {
-    for (int64_t i = g.last; i >= g.first; i -= q_stride) {
-      const Row query = row_of(q, b, first + h, i);
+    for (int64_t u = 0; u < rows; ++u) {
+      const Row query = block_row(q, b, first + h, g, u, choice);
       Row z(row.size(), -kInf);
       for (int64_t c = 0; c < row.size(); ++c) {
         const auto [begin, end] = row.chunks[c];
@@ -209,7 +238,8 @@ inline Mass chunk_mass(const Array& q, int64_t b, int64_t first, int64_t heads, 
       mass.row_lse[h].push_back(lse);
       for (int64_t c = 0; c < row.size(); ++c) {
         if (z[c] == -kInf) continue;
-        mass.scores[c] += std::exp(z[c] - lse) / rows / static_cast<double>(row.chunks[c].second - row.chunks[c].first);
+        mass.scores[c] +=
+            std::exp(z[c] - lse) / votes / static_cast<double>(row.chunks[c].second - row.chunks[c].first);
       }
     }
   }
@@ -218,7 +248,7 @@ inline Mass chunk_mass(const Array& q, int64_t b, int64_t first, int64_t heads, 
 
 // The scores that refine_keys gives to tokens, for list s of `lists`. row_lse empty: score "dot".
 inline Row key_scores(const Array& q, const Array& k, int64_t b, int64_t s, int64_t lists, const Geometry& g,
-                      int64_t q_stride, const Softmax& softmax, const std::vector<Row>& row_lse) {
+                      const RowChoice& choice, const Softmax& softmax, const std::vector<Row>& row_lse) {
   const int64_t heads = q.dim(1) / lists, group = q.dim(1) / k.dim(1);
   Row scores(k.dim(2), 0.0);
   if (row_lse.empty()) {
@@ -228,10 +258,11 @@ inline Row key_scores(const Array& q, const Array& k, int64_t b, int64_t s, int6
   }
   for (int64_t h = 0; h < heads; ++h) {
     for (size_t u = 0; u < row_lse[h].size(); ++u) {
-      const Row query = row_of(q, b, s * heads + h, g.last - static_cast<int64_t>(u) * q_stride);
+      const Row query = block_row(q, b, s * heads + h, g, static_cast<int64_t>(u), choice);
       for (int64_t j = 0; j <= g.p1; ++j) {
         const double logit = softmax.scale * dot(query, row_of(k, b, (s * heads + h) / group, j));
-        scores[j] += std::min(1.0, std::exp(capped(logit, softmax.softcap) - row_lse[h][u]));
+        const double share = std::exp(capped(logit, softmax.softcap) - row_lse[h][u]);
+        scores[j] += std::isnan(share) ? kNaN : std::min(1.0, share);
       }
     }
   }

@@ -6,8 +6,10 @@ namespace {
 struct Case {
   DType dtype = DType::kFloat32;
   int64_t heads = 1, kv_heads = 1, lists = 1, seqlen_q = 0, seqlen_k = 0, head_dim = 8;
-  int64_t q_block = 1, refine = 1, q_stride = 1, columns = 1;
+  int64_t q_block = 1, refine = 1, columns = 1;
+  RowChoice choice_of_rows;
   bool mass = false, integers = false;  // integers: every product and sum is exact in float32
+  bool with_nan = false;                // in one query
   KeyChoice choice;
   Softmax softmax;
 };
@@ -16,12 +18,15 @@ void compare(const Case& n) {
   SCOPED_TRACE(testing::Message() << "heads " << n.heads << ", " << n.kv_heads << ", lists " << n.lists << ", lengths "
                                   << n.seqlen_q << ", " << n.seqlen_k << ", q_block " << n.q_block << ", refine "
                                   << n.refine << ", budget " << n.choice.budget << ", window " << n.choice.window
-                                  << ", mass " << n.mass);
-  const int64_t blocks = (n.seqlen_q + n.q_block - 1) / n.q_block, samples = (n.q_block + n.q_stride - 1) / n.q_stride;
+                                  << ", mass " << n.mass << ", q_stride " << n.choice_of_rows.q_stride << ", means "
+                                  << (n.choice_of_rows.rows == QueryRows::kMean));
+  const int64_t blocks = (n.seqlen_q + n.q_block - 1) / n.q_block, q_stride = n.choice_of_rows.q_stride;
+  const int64_t samples = (n.q_block + q_stride - 1) / q_stride;
   const int64_t capacity = refined_run_capacity(n.seqlen_k, n.choice.budget), group = n.heads / n.lists;
   Array q(n.dtype, {2, n.heads, n.seqlen_q, n.head_dim}, true), k(n.dtype, {2, n.kv_heads, n.seqlen_k, n.head_dim});
   n.integers ? q.fill_integers(-2, 2) : q.fill_normal();
   n.integers ? k.fill_integers(-2, 2) : k.fill_normal();
+  if (n.with_nan && n.seqlen_q > 0) q.put({0, 0, draw(0, n.seqlen_q - 1), draw(0, n.head_dim - 1)}, kNaN);
   const Chunks chunks(2, n.columns, n.seqlen_k, draw(0, 1) == 0);
   const Array scores = Array(DType::kFloat32, {2, n.lists, blocks, n.columns}).fill_integers(-4, 4);
   const Array row_lse = Array(DType::kFloat32, {2, n.heads, blocks, samples}).fill_normal();
@@ -35,7 +40,8 @@ void compare(const Case& n) {
   p.num_chunks = chunks.num_chunks.tensor;
   p.q_block = n.q_block;
   p.refine = n.refine;
-  p.q_stride = n.q_stride;
+  p.q_stride = q_stride;
+  p.rows = n.choice_of_rows.rows;
   p.choice = n.choice;
   p.softmax = n.softmax;
   p.runs = runs.tensor;
@@ -48,12 +54,13 @@ void compare(const Case& n) {
         const Geometry g(j, n.q_block, n.seqlen_q, n.seqlen_k, n.choice.window);
         std::vector<Row> lse(n.mass ? group : 0);
         for (int64_t h = 0; h < static_cast<int64_t>(lse.size()); ++h) {
-          for (int64_t u = 0; u <= (g.last - g.first) / n.q_stride; ++u) {
+          for (int64_t u = 0; u <= (g.last - g.first) / q_stride; ++u) {
             lse[h].push_back(row_lse.at({b, s * group + h, j, u}));
           }
         }
-        const Kept kept = refine_keys(g, n.choice, n.seqlen_q, n.refine, row, scores_of(scores, b, s, j),
-                                      [&] { return key_scores(q, k, b, s, n.lists, g, n.q_stride, n.softmax, lse); });
+        const Kept kept = refine_keys(g, n.choice, n.seqlen_q, n.refine, row, scores_of(scores, b, s, j), [&] {
+          return key_scores(q, k, b, s, n.lists, g, n.choice_of_rows, n.softmax, lse);
+        });
         if (!kept.certain && !n.integers) continue;
         const auto want = runs_of(kept.keys, capacity);
         ASSERT_EQ(num_runs.at({b, s, j}), static_cast<double>(want.size())) << "block " << j;
@@ -78,7 +85,7 @@ Case random_case() {
   n.seqlen_q = draw(0, n.seqlen_k + 5);
   n.head_dim = 8 * draw(1, 3);
   n.q_block = draw(1, 24);
-  n.q_stride = draw(1, 9);
+  n.choice_of_rows = {draw(1, 9), draw(0, 1) == 0 ? QueryRows::kSample : QueryRows::kMean};
   n.refine = draw(1, 5);
   n.columns = draw(1, 20);
   n.choice.sink = draw(0, 8);
@@ -95,6 +102,7 @@ TEST(RefineKeys, mass_of_random_shapes_windows_and_caps) {
     Case n = random_case();
     n.mass = true;
     n.softmax.softcap = draw(0, 1) == 0 ? 0.0f : 5.0f;
+    n.with_nan = draw(0, 3) == 0;
     compare(n);
   }
 }
@@ -121,6 +129,8 @@ TEST(RefineKeys, more_rows_and_candidates_than_are_worked_at_a_time) {
   n.choice.sink = 4, n.choice.local = 8, n.choice.budget = 90;
   n.softmax.scale = 0.3f;
   compare(n);
+  n.choice_of_rows = {3, QueryRows::kMean};  // of 20: the block's first row is a mean of two
+  compare(n);
 }
 
 TEST(RefineKeys, malformed_offsets_read_nothing_outside) {
@@ -142,6 +152,7 @@ TEST(RefineKeys, malformed_offsets_read_nothing_outside) {
     p.offsets = chunks.offsets.tensor;
     p.num_chunks = chunks.num_chunks.tensor;
     p.q_block = 8, p.q_stride = 2, p.refine = 3;
+    p.rows = draw(0, 1) == 0 ? QueryRows::kSample : QueryRows::kMean;
     p.choice.sink = 3, p.choice.local = 5, p.choice.budget = 20;
     p.runs = runs.tensor;
     p.num_runs = num_runs.tensor;

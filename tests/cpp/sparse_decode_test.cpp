@@ -29,7 +29,7 @@ Kept kept_keys(const SparseDecode& p, const Problem& problem, const Cache& cache
   Row scores(row.size());
   std::vector<Row> row_lse;
   if (p.score == ChunkScore::kMass) {
-    const Mass mass = chunk_mass(problem.q, b, s * heads, heads, g, 1, p.softmax, row,
+    const Mass mass = chunk_mass(problem.q, b, s * heads, heads, g, {}, p.softmax, row,
                                  [&](int64_t c) { return row_of(cache.k_pooled, b, s, c); });
     scores = mass.scores;
     row_lse = mass.row_lse;
@@ -39,7 +39,7 @@ Kept kept_keys(const SparseDecode& p, const Problem& problem, const Cache& cache
   }
   if (p.refine == 0) return select_keys(g, choice, problem.shape.seqlen_q, row, scores);
   return refine_keys(g, choice, problem.shape.seqlen_q, p.refine, row, scores,
-                     [&] { return key_scores(problem.q, problem.k, b, s, lists, g, 1, p.softmax, row_lse); });
+                     [&] { return key_scores(problem.q, problem.k, b, s, lists, g, {}, p.softmax, row_lse); });
 }
 
 struct Count {

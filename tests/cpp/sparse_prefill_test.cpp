@@ -37,7 +37,7 @@ Kept kept_keys(const SparsePrefill& p, const Problem& problem, const ChunkRow& r
   Row scores(row.size(), 0.0);
   std::vector<Row> row_lse;
   if (p.score == ChunkScore::kMass) {
-    const Mass mass = chunk_mass(problem.q, b, s * heads, heads, g, p.q_stride, p.softmax, scored,
+    const Mass mass = chunk_mass(problem.q, b, s * heads, heads, g, {p.q_stride, p.rows}, p.softmax, scored,
                                  [&](int64_t c) { return pooled(c, PoolScale::kMean); });
     scores = mass.scores;
     row_lse = mass.row_lse;
@@ -49,8 +49,9 @@ Kept kept_keys(const SparsePrefill& p, const Problem& problem, const ChunkRow& r
     }
   }
   if (p.refine == 0) return select_keys(g, choice, problem.shape.seqlen_q, row, scores);
-  return refine_keys(g, choice, problem.shape.seqlen_q, p.refine, row, scores,
-                     [&] { return key_scores(problem.q, problem.k, b, s, lists, g, p.q_stride, p.softmax, row_lse); });
+  return refine_keys(g, choice, problem.shape.seqlen_q, p.refine, row, scores, [&] {
+    return key_scores(problem.q, problem.k, b, s, lists, g, {p.q_stride, p.rows}, p.softmax, row_lse);
+  });
 }
 
 struct Count {
@@ -70,7 +71,8 @@ void compare(SparsePrefill p, Problem* problem, const Offsets* given, Count* cou
   SCOPED_TRACE(testing::Message() << "heads " << n.heads << ", " << n.kv_heads << ", lists " << p.select_heads
                                   << ", lengths " << n.seqlen_q << ", " << n.seqlen_k << ", q_block " << p.q_block
                                   << ", budget " << p.choice.budget << ", refine " << p.refine << ", mass "
-                                  << (p.score == ChunkScore::kMass) << ", strict " << p.strict << ", window "
+                                  << (p.score == ChunkScore::kMass) << ", strict " << p.strict << ", q_stride "
+                                  << p.q_stride << ", means " << (p.rows == QueryRows::kMean) << ", window "
                                   << p.softmax.window << ", dense_tail " << p.choice.dense_tail);
   for (int64_t b = 0; b < n.batch; ++b) {
     const ChunkRow row(offsets.offsets, offsets.num_chunks, b, n.seqlen_k);
@@ -110,10 +112,12 @@ TEST(SparsePrefill, both_scores_every_pool_and_type) {
       for (const ChunkScore score : {ChunkScore::kDot, ChunkScore::kMass}) {
         if (score == ChunkScore::kMass && pool != PoolScale::kSqrt) continue;  // it ignores the pool
         for (const int64_t refine : {0, 3}) {
-          Problem problem(dtype, {1, 4, 2, 44, 60, 16}, true, softmax_of(16));
-          SparsePrefill p = arguments(32, 16, 2);
-          p.pool = pool, p.score = score, p.refine = refine, p.q_stride = 4;
-          compare(p, &problem, nullptr, &count);
+          for (const QueryRows rows : {QueryRows::kSample, QueryRows::kMean}) {
+            Problem problem(dtype, {1, 4, 2, 44, 60, 16}, true, softmax_of(16));
+            SparsePrefill p = arguments(32, 16, 2);
+            p.pool = pool, p.score = score, p.refine = refine, p.q_stride = 5, p.rows = rows;
+            compare(p, &problem, nullptr, &count);
+          }
         }
       }
     }
@@ -134,6 +138,7 @@ TEST(SparsePrefill, random_arguments) {
     p.pool = draw(0, 1) == 0 ? PoolScale::kSqrt : PoolScale::kMean;
     p.refine = draw(0, 1) * draw(1, 4);
     p.q_stride = draw(1, 8);
+    p.rows = draw(0, 1) == 0 ? QueryRows::kSample : QueryRows::kMean;
     p.boundary_window = draw(1, 5);
     p.nms_radius = draw(0, 8);
     p.segment = draw(0, 1) * draw(8, 50);
@@ -264,6 +269,7 @@ TEST(SparsePrefill, malformed_offsets_read_nothing_outside) {
     p.score = draw(0, 1) == 0 ? ChunkScore::kDot : ChunkScore::kMass;
     p.refine = draw(0, 1) * 2;
     p.strict = draw(0, 1) == 0;
+    p.rows = draw(0, 1) == 0 ? QueryRows::kSample : QueryRows::kMean;
     p.choice.window = problem.softmax.window;
     p.choice.min_chunk = draw(1, 9);
     run_stage(p);
@@ -277,6 +283,7 @@ TEST(SparsePrefill, same_bits_for_any_number_of_workers) {
     SparsePrefill p = arguments(48, 16, 2);
     p.score = score;
     p.refine = score == ChunkScore::kMass ? 3 : 0;
+    p.rows = QueryRows::kMean;
     p.choice.dense_tail = 10;
     expect_same_for_any_workers(&problem, p);
   }

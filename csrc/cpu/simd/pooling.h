@@ -1,4 +1,4 @@
-// Stages 1 and 3: window sums of neighbouring keys and their products, and row sums of chunks.
+// Stages 1, 3 and 4: window sums of neighbouring keys and their products, row sums of chunks, means of queries.
 #pragma once
 
 namespace dhsa::cpu::DHSA_ISA {
@@ -46,6 +46,17 @@ void add_rows(const void* x, int64_t row_stride, int64_t rows, int64_t head_dim,
       for (int64_t r = 0; r < count; ++r) s0 = add(s0, load(block + r * row_stride + d));
       store(sum + d, add(load(sum + d), s0));
     }
+  }
+}
+
+template <class T>
+void mean_rows(const void* x, int64_t row_stride, int64_t rows, int64_t head_dim, void* out) {
+  const Vec count = set1(static_cast<float>(rows));
+  for (int64_t d = 0; d < head_dim; d += kLanes) {
+    const T* from = static_cast<const T*>(x) + d;
+    Vec sum = load(from);
+    for (int64_t r = 1; r < rows; ++r) sum = add(sum, load(from + r * row_stride));
+    store(static_cast<T*>(out) + d, div(sum, count));
   }
 }
 

@@ -11,6 +11,7 @@ constexpr Kernels make_table(const char* name) {
                  kPanel,
                  DHSA_EACH_TYPE(window_products),
                  DHSA_EACH_TYPE(add_rows),
+                 DHSA_EACH_TYPE(mean_rows),
                  DHSA_EACH_TYPE(load_rows),
                  DHSA_EACH_TYPE(store_row),
                  DHSA_EACH_TYPE(pack_keys),
