@@ -168,9 +168,14 @@ def capped(logit, softcap):
     return softcap * math.tanh(logit / softcap) if softcap > 0 else logit
 
 
-def sampled_rows(first, last, q_stride):
-    """A block's last query, and every q_stride-th before it."""
-    return list(range(last, first - 1, -q_stride))
+def rows_of(q, first, last, q_stride, rows):
+    """The vectors of q [Lq, D] that stand for queries first ... last, the last one first.
+
+    "sample": that query and every q_stride-th before it; "mean": the mean of the q_stride queries that end there, or of
+    those the block has. In float64, without the rounding to q's type.
+    """
+    ends = range(last, first - 1, -q_stride)
+    return [q[i] if rows == "sample" else np.mean([q[j] for j in range(first, i + 1)][-q_stride:], 0) for i in ends]
 
 
 def log_sum_exp(values):
@@ -178,7 +183,8 @@ def log_sum_exp(values):
     return top if math.isinf(top) else top + math.log(sum(math.exp(v - top) for v in values))
 
 
-def chunk_mass(q, k_mean, offsets, num_chunks, k_len, q_block, q_stride=8, *, scale=None, softcap=0.0, window=None):
+def chunk_mass(q, k_mean, offsets, num_chunks, k_len, q_block, q_stride=8, *, rows="sample", scale=None, softcap=0.0,
+               window=None):  # fmt: skip
     batch, heads, q_len, dim = q.shape
     lists, columns = k_mean.shape[1:3]
     scale = dim**-0.5 if scale is None else scale
@@ -187,27 +193,25 @@ def chunk_mass(q, k_mean, offsets, num_chunks, k_len, q_block, q_stride=8, *, sc
     row_lse = np.full((batch, heads, n_blocks, -(-q_block // q_stride)), math.inf)
     for b, h in np.ndindex(batch, heads):
         for block, first, last, p0, p1 in blocks(q_len, k_len, q_block):
-            rows = sampled_rows(first, last, q_stride)
-            for r, i in enumerate(rows):
+            known = rows_of(q[b, h], first, last, q_stride, rows)
+            for r, u in enumerate(known):
                 logits = {}
                 for c in range(num_chunks[b]):
                     begin, end = offsets[b, c], offsets[b, c + 1]
                     if begin <= p1 and (window is None or end > p0 - window + 1):
-                        z = capped(scale * float(q[b, h, i] @ k_mean[b, h // group, c]), softcap) + math.log(
-                            end - begin
-                        )
+                        z = capped(scale * float(u @ k_mean[b, h // group, c]), softcap) + math.log(end - begin)
                         logits[c] = z if math.isfinite(z) else -math.inf
                 row_lse[b, h, block, r] = log_sum_exp(logits.values())
                 for c, z in logits.items():
                     if z > -math.inf:
                         length = offsets[b, c + 1] - offsets[b, c]
                         share = math.exp(z - row_lse[b, h, block, r]) / length
-                        scores[b, h // group, block, c] += share / (len(rows) * group)
+                        scores[b, h // group, block, c] += share / (len(known) * group)
     return scores, row_lse
 
 
 def refine_keys(q, k, scores, row_lse, offsets, num_chunks, q_block, budget, refine, *, sink=16, local=64, window=None,
-                dense_tail=0, q_stride=8, scale=None, softcap=0.0):  # fmt: skip
+                dense_tail=0, q_stride=8, rows="sample", scale=None, softcap=0.0):  # fmt: skip
     (batch, heads, q_len, dim), (kv_heads, k_len) = q.shape, k.shape[1:3]
     lists = scores.shape[1]
     scale = dim**-0.5 if scale is None else scale
@@ -228,9 +232,10 @@ def refine_keys(q, k, scores, row_lse, offsets, num_chunks, q_block, budget, ref
                     continue
                 shares = []
                 for h in sharing:
-                    for r, i in enumerate(sampled_rows(first, last, q_stride)):
-                        logit = capped(scale * float(q[b, h, i] @ k[b, h // (heads // kv_heads), j]), softcap)
-                        shares.append(math.exp(min(0.0, logit - row_lse[b, h, block, r])))
+                    for r, u in enumerate(rows_of(q[b, h], first, last, q_stride, rows)):
+                        logit = capped(scale * float(u @ k[b, h // (heads // kv_heads), j]), softcap)
+                        excess = logit - row_lse[b, h, block, r]
+                        shares.append(excess if math.isnan(excess) else math.exp(min(0.0, excess)))
                 score[j] = sum(shares) / len(shares)
             keep |= set(falling(short_list, score)[:room])
             kept[b, s, block] = set(keys) if last >= q_len - dense_tail else keep

@@ -17,6 +17,8 @@ import itertools
 import numpy as np
 import torch
 
+from dhsa_ext import reference
+
 ATTENTION = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 LSE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 2e-2}
 NEAR_CUT = 1e-4  # times the block's largest score: keys this close to the cut-off may go either way
@@ -96,12 +98,12 @@ def settled(scores: torch.Tensor, kept: set[int], candidates: set[int], size: fl
     return all(float(scores[j]) == cut or abs(float(scores[j]) - cut) > near for j in candidates)
 
 
-def token_share(q, k, row_lse, first, last, *, q_stride, scale, softcap):
-    """[Lk] float64 of one block and one list: the mean over sampled rows and heads of min(1, exp(s - row_lse)).
+def token_share(q, k, row_lse, first, last, *, q_stride, rows, scale, softcap):
+    """[Lk] float64 of one block and one list: the mean over its rows and heads of min(1, exp(s - row_lse)).
 
     q [heads, Lq, D] and row_lse [heads, rows] of the heads that share the list, k [heads, Lk, D] what each one reads.
     """
-    rows = list(range(last, first - 1, -q_stride))
-    logits = scale * q[:, rows].double() @ k.double().mT
+    known = reference._block_rows(q, first, last, q_stride, rows).double()
+    logits = scale * known @ k.double().mT
     logits = softcap * torch.tanh(logits / softcap) if softcap else logits
-    return (logits - row_lse[:, : len(rows), None].double()).exp().clamp(max=1).mean((0, 1))
+    return (logits - row_lse[:, : known.shape[1], None].double()).exp().clamp(max=1).mean((0, 1))

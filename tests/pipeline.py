@@ -21,7 +21,7 @@ def strict_view(offsets, counts, p1):
     return torch.from_numpy(np.stack([r[0] for r in rows])), torch.tensor([r[1] for r in rows], dtype=torch.int32)
 
 
-def scores_of(q, k, offsets, counts, case: Case, score, pool, q_stride, strict):
+def scores_of(q, k, offsets, counts, case: Case, score, pool, q_stride, rows, strict):
     """Chunk scores [B, S, nQ, C] and row_lse or None, every block on its own."""
     columns = offsets.shape[1] - 1
     scores = torch.zeros(case.B, case.S, case.blocks, columns)
@@ -35,25 +35,30 @@ def scores_of(q, k, offsets, counts, case: Case, score, pool, q_stride, strict):
             scores[:, :, block] = reference.chunk_scores(q_pooled, k_pooled)[:, :, 0]
         elif strict and p1 >= 0:
             one = reference.chunk_mass(
-                q[:, :, first : last + 1], k_pooled, seen, n, p1 + 1, case.q_block, q_stride, **attention_options(case)
-            )
+                q[:, :, first : last + 1], k_pooled, seen, n, p1 + 1, case.q_block, q_stride,
+                rows=rows, **attention_options(case),
+            )  # fmt: skip
             scores[:, :, block], row_lse[:, :, block] = one[0][:, :, 0], one[1][:, :, 0]
         elif not strict:
             args = (k_pooled, offsets, counts, case.k_len, case.q_block, q_stride)
-            mass, lse = reference.chunk_mass(q, *args, **attention_options(case))
+            mass, lse = reference.chunk_mass(q, *args, rows=rows, **attention_options(case))
             scores[:, :, block], row_lse[:, :, block] = mass[:, :, block], lse[:, :, block]
     return scores, row_lse
 
 
-def whole(q, k, v, offsets, counts, case: Case, score="dot", pool="sqrt", refine=0, q_stride=8, strict=False):
-    """((out, lse) in float64, clear rows [B, H, Lq]) of a prefill with these chunks."""
-    q, k, v = (x.double() for x in (q, k, v))
-    scores, row_lse = scores_of(q, k, offsets, counts, case, score, pool, q_stride, strict)
+def whole(
+    q, k, v, offsets, counts, case: Case, score="dot", pool="sqrt", refine=0, q_stride=8, rows="sample", strict=False
+):
+    """((out, lse) in float64, clear rows [B, H, Lq]) of a prefill with these chunks.
+
+    The choice sees q in its own type, to which means of queries are rounded.
+    """
+    scores, row_lse = scores_of(q, k, offsets, counts, case, score, pool, q_stride, rows, strict)
     choice = choice_options(case) | dict(sink=min(case.sink, case.k_len), local=min(case.local, case.k_len))
     logits = dict(scale=case.scale, softcap=case.softcap)
     if refine:
         args = (scores, row_lse, offsets, counts, case.q_block, case.budget, refine)
-        runs, n = reference.refine_keys(q, k, *args, q_stride=q_stride, **choice, **logits)
+        runs, n = reference.refine_keys(q, k, *args, q_stride=q_stride, rows=rows, **choice, **logits)
     else:
         args = (scores, offsets, counts, case.Lq, case.k_len, case.q_block, case.budget)
         runs, n = reference.select_keys(*args, **choice)
@@ -76,11 +81,12 @@ def whole(q, k, v, offsets, counts, case: Case, score="dot", pool="sqrt", refine
             room = max(0, case.budget - len(forced))
             short_list = set(brute.falling(free, tokens[b, s, block].numpy())[: refine * room])
             fine = settled(tokens[b, s, block], short_list, free, NEAR_CUT * size)
-            share = second_score(q, k, row_lse, case, b, s, block, first, last, q_stride)
+            share = second_score(q, k, row_lse, case, b, s, block, first, last, q_stride, rows)
             fine = fine and settled(share, kept, short_list)
         else:
             fine = settled(tokens[b, s, block], kept, free, NEAR_CUT * size)
         clear[b, heads, first : last + 1] = fine
+    q, k, v = (x.double() for x in (q, k, v))
     answer = reference.sparse_attention(q, k, v, runs, n, case.q_block, **attention_options(case))
     return answer, clear
 
@@ -94,13 +100,15 @@ def comparable(draw, tries=20):
     raise AssertionError("near ties in every draw: too few rows to compare")
 
 
-def second_score(q, k, row_lse, case, b, s, block, first, last, q_stride):
+def second_score(q, k, row_lse, case, b, s, block, first, last, q_stride, rows="sample"):
     """[Lk]: what refine_keys ranks a block's short list by."""
     heads = list(range(s * case.H // case.S, (s + 1) * case.H // case.S))
     if row_lse is None:
         q_pooled = reference.query_pool(q[b : b + 1, :, first : last + 1], case.S, case.q_block)[0, s, 0]
-        return torch.from_numpy(brute.reduce_heads(k[b : b + 1].numpy(), case.S)[0, s]) @ q_pooled.double()
+        return torch.from_numpy(brute.reduce_heads(k[b : b + 1].double().numpy(), case.S)[0, s]) @ q_pooled.double()
     read = k[b, [h * case.Hkv // case.H for h in heads]]
     scale = case.D**-0.5 if case.scale is None else case.scale
     lse = row_lse[b, heads, block]
-    return token_share(q[b, heads], read, lse, first, last, q_stride=q_stride, scale=scale, softcap=case.softcap)
+    return token_share(
+        q[b, heads], read, lse, first, last, q_stride=q_stride, rows=rows, scale=scale, softcap=case.softcap
+    )

@@ -82,14 +82,15 @@ def options(op, rng):
         "chunk_pool": [dict(scale="mean", heads=1), dict(scale="sum", heads=4)],
         "query_pool": [dict(scale="sum", heads=1, q_block=7)],
         "select_keys": [dict(choice, window=50, dense_tail=9, min_chunk=2)],
-        "chunk_mass": [dict(softmax, q_stride=3)],
+        "chunk_mass": [dict(softmax, q_stride=3, rows="mean")],
         "refine_keys": [
-            dict(choice, window=50, dense_tail=9, scale=0.2, softcap=5.0),
+            dict(choice, window=50, dense_tail=9, rows="mean", scale=0.2, softcap=5.0),
             dict(choice, row_lse=None, refine=3),
         ],
         "sparse_attention": [softmax],
         "sparse_prefill": [
             dict(softmax, select_heads=1, score="mass", pool="mean", refine=2, q_stride=3, dense_tail=9, strict=True),
+            dict(choice, select_heads=2, score="mass", refine=2, q_stride=5, rows="mean"),
             dict(boundary_window=3, nms_radius=5, threshold=0.1, segment=32, select_heads=4, pool="sum"),
             dict(offsets=offsets, num_chunks=num_chunks, max_chunks=None),
         ],

@@ -40,6 +40,13 @@ def test_opcheck_over_head_counts(ops, op, heads, kv_heads, lists):
     opcheck(ops, op, valid_call(op, heads=heads, kv_heads=kv_heads, lists=lists))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("op", ["chunk_mass", "refine_keys", "sparse_prefill"])
+def test_opcheck_over_means_of_queries(ops, op, dtype):
+    more = dict(score="mass", refine=2, q_stride=5) if op == "sparse_prefill" else {}
+    opcheck(ops, op, valid_call(op, dtype) | more | dict(rows="mean"))
+
+
 def test_every_op_is_tried_here():
     named = {
         name.split("::")[1].split(".")[0] for name in torch._C._dispatch_get_all_op_names() if name[:6] == "dhsa::"

@@ -17,6 +17,7 @@ MODES = {
     "dot_refined": dict(score="dot", pool="mean", refine=2),
     "mass": dict(score="mass", refine=0),
     "accurate": dict(score="mass", refine=4),
+    "accurate_by_means": dict(score="mass", refine=4, q_stride=12, rows="mean"),
 }
 
 
@@ -37,7 +38,7 @@ def compare_with_stages(ops, case, rng, dtype, mode, strict=False):
     same_attention(got, want, dtype, clear)
 
 
-@pytest.mark.parametrize("mode", ["paper", "accurate"])
+@pytest.mark.parametrize("mode", ["paper", "accurate", "accurate_by_means"])
 @pytest.mark.parametrize("case", params())
 def test_shapes_with_given_chunks(ops, rng, case, mode):
     dtype = DTYPES[len(case.name) % 3]
@@ -126,7 +127,7 @@ def test_changing_token_j_changes_no_earlier_output_when_all_is_kept(ops, rng, j
     assert not torch.equal(before[0][:, :, j:], after[0][:, :, j:])
 
 
-@pytest.mark.parametrize("mode", ["paper", "mass", "accurate"])
+@pytest.mark.parametrize("mode", ["paper", "mass", "accurate", "accurate_by_means"])
 @pytest.mark.parametrize("j", [64, 100, 131])
 def test_strict_choice_ignores_tokens_after_the_block(run, rng, j, mode):
     """Given chunks, strict: a token after a block's last changes neither what the block keeps nor its output."""
@@ -158,7 +159,7 @@ def test_lookahead_is_what_strict_takes_away(run):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("mode", ["paper", "accurate"])
+@pytest.mark.parametrize("mode", ["paper", "accurate", "accurate_by_means"])
 def test_chunked_prefill_in_whole_segments_equals_one_prefill(ops, rng, mode, dtype):
     case = Case("pieces", "", Lq=320)
     q, k, v = qkv(case, rng, dtype)
@@ -188,7 +189,8 @@ def test_defaults_are_the_documented_ones(ops, rng):
     q, k, v = qkv(Case("defaults", "", Lq=300), rng)
     spelled = ops.sparse_prefill(
         q, k, v, 160, max_chunks=18, q_block=64, select_heads=2, score="dot", pool="sqrt", refine=0, q_stride=8,
-        sink=16, local=64, dense_tail=0, boundary_window=4, nms_radius=8, segment=0, strict=False, softcap=0.0,
+        rows="sample", sink=16, local=64, dense_tail=0, boundary_window=4, nms_radius=8, segment=0, strict=False,
+        softcap=0.0,
     )  # fmt: skip
     assert all(torch.equal(a, b) for a, b in zip(ops.sparse_prefill(q, k, v, 160), spelled, strict=True))
     segmented = ops.sparse_prefill(q, k, v, 160, segment=128)

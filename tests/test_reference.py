@@ -21,14 +21,14 @@ from dhsa_ext.backend import LIBRARY
 MODES = st.sampled_from([("dot", "sqrt", 0), ("dot", "mean", 2), ("mass", "sqrt", 0), ("mass", "mean", 3)])
 
 
-def brute_prefill(q, k, v, case, score, pool, refine, q_stride, strict, offsets, counts):
+def brute_prefill(q, k, v, case, score, pool, refine, q_stride, rows, strict, offsets, counts):
     """Stages 3 to 7 of the specification, every block as a call of its own."""
     out, lse = q * 0.0, (q * 0.0).sum(-1)
     logits = dict(scale=case.scale, softcap=case.softcap)
     choice = dict(sink=case.sink, local=case.local, window=case.window)
     for _, first, last, _, p1 in brute.blocks(case.Lq, case.k_len, case.q_block):
-        rows, n_rows = slice(first, last + 1), last + 1 - first
-        seen_q, seen_k, seen_v = q[:, :, rows], k[:, :, : p1 + 1], v[:, :, : p1 + 1]
+        block, n_rows = slice(first, last + 1), last + 1 - first
+        seen_q, seen_k, seen_v = q[:, :, block], k[:, :, : p1 + 1], v[:, :, : p1 + 1]
         ends = offsets.copy(), counts.copy()
         if strict:
             for b in range(len(counts)):
@@ -37,7 +37,7 @@ def brute_prefill(q, k, v, case, score, pool, refine, q_stride, strict, offsets,
         row_lse = None
         if score == "mass":
             scores, row_lse = brute.chunk_mass(
-                seen_q, pooled, *ends, p1 + 1, n_rows, q_stride, window=case.window, **logits
+                seen_q, pooled, *ends, p1 + 1, n_rows, q_stride, rows=rows, window=case.window, **logits
             )
         else:
             scores = brute.chunk_scores(brute.query_pool(seen_q, case.S, n_rows, "sqrt"), pooled)
@@ -46,10 +46,10 @@ def brute_prefill(q, k, v, case, score, pool, refine, q_stride, strict, offsets,
         counts_seen = (clipped[:, 1:] > clipped[:, :-1]).sum(1)
         if refine:
             args = (seen_q, seen_k, scores, row_lse, clipped, counts_seen, n_rows, case.budget, refine)
-            runs, n = brute.refine_keys(*args, q_stride=q_stride, **tail, **logits)
+            runs, n = brute.refine_keys(*args, q_stride=q_stride, rows=rows, **tail, **logits)
         else:
             runs, n = brute.select_keys(scores, clipped, counts_seen, n_rows, p1 + 1, n_rows, case.budget, **tail)
-        out[:, :, rows], lse[:, :, rows] = brute.sparse_attention(
+        out[:, :, block], lse[:, :, block] = brute.sparse_attention(
             seen_q, seen_k, seen_v, runs, n, n_rows, window=case.window, **logits
         )
     return out, lse
@@ -82,7 +82,8 @@ def test_prefill_equals_the_brute_force_stages(data, mode, strict, own):
     rng = torch.Generator().manual_seed(data.draw(st.integers(0, 999)))
     q, k, v = (x.double() for x in qkv(case, rng))
     numbers = [x.numpy() for x in (q, k, v)]
-    options = dict(score=score, pool=pool, refine=refine, q_stride=3, strict=strict)
+    rows = data.draw(st.sampled_from(["sample", "mean"]))
+    options = dict(score=score, pool=pool, refine=refine, q_stride=3, rows=rows, strict=strict)
     cut = dict(max_chunks=4, nms_radius=2, boundary_window=2)
     if own:
         scores = brute.boundary_scores(numbers[1], 2).astype("float32")
@@ -96,7 +97,7 @@ def test_prefill_equals_the_brute_force_stages(data, mode, strict, own):
         q, k, v, case.budget, q_block=q_block, select_heads=case.S, sink=sink, local=local, dense_tail=case.dense_tail,
         window=case.window, softcap=case.softcap, **options,
     )  # fmt: skip
-    want = brute_prefill(*numbers, case, score, pool, refine, 3, strict, offsets, counts)
+    want = brute_prefill(*numbers, case, score, pool, refine, 3, rows, strict, offsets, counts)
     torch.testing.assert_close(out, torch.from_numpy(want[0]), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(lse.double(), torch.from_numpy(want[1]), rtol=1e-5, atol=1e-5)
 
@@ -116,7 +117,7 @@ def test_decode_equals_the_brute_force_stages(data, mode):
     choose = dict(score=score, refine=refine, sink=2, local=3, window=case.window)
     out, lse = reference.sparse_decode(q, k, v, pooled, offsets, counts, 9, **choose)
     numbers = [x.numpy() for x in (q, k, v)]
-    want = brute_prefill(*numbers, case, score, pool, refine, 1, False, offsets.numpy(), counts.numpy())
+    want = brute_prefill(*numbers, case, score, pool, refine, 1, "sample", False, offsets.numpy(), counts.numpy())
     torch.testing.assert_close(out, torch.from_numpy(want[0]), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(lse.double(), torch.from_numpy(want[1]), rtol=1e-5, atol=1e-5)
 

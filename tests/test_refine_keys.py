@@ -38,44 +38,51 @@ def test_any_shape_equals_brute_force(run, data, by_rows):
         window=data.draw(st.one_of(st.none(), st.integers(1, 40))),
         dense_tail=data.draw(st.sampled_from([0, 0, 4])),
     )
-    logits = dict(scale=0.25, softcap=data.draw(st.sampled_from([0.0, 2.0])))
+    logits = dict(
+        scale=0.25,
+        softcap=data.draw(st.sampled_from([0.0, 2.0])),
+        q_stride=q_stride,
+        rows=data.draw(st.sampled_from(["sample", "mean"])),
+    )
     rng = torch.Generator().manual_seed(data.draw(st.integers(0, 999)))
     capacity = data.draw(st.integers(1, 7))
     offsets, counts = chunks(rng, 1, k_len, capacity, covered=data.draw(st.integers(0, k_len)))
     q, k = rand(rng, 1, heads, q_len, dim), rand(rng, 1, kv_heads, k_len, dim)
+    if by_rows and q_len and data.draw(st.booleans()):
+        q[0, 0, data.draw(st.integers(0, q_len - 1)), 3] = float("nan")
     blocks = -(-q_len // q_block)
     scores = rand(rng, 1, lists, blocks, capacity)
     row_lse = rand(rng, 1, heads, blocks, -(-q_block // q_stride)) + 1 if by_rows else None
     args = (q_block, budget, refine)
     q_np, k_np, scores_np, offsets_np, counts_np = numpy_args(q, k, scores, offsets, counts)
     lse_np = None if row_lse is None else row_lse.double().numpy()
-    want = brute.refine_keys(
-        q_np, k_np, scores_np, lse_np, offsets_np, counts_np, *args, q_stride=q_stride, **choice, **logits
-    )
-    got = run.refine_keys(q, k, scores, row_lse, offsets, counts, *args, q_stride=q_stride, **choice, **logits)
+    want = brute.refine_keys(q_np, k_np, scores_np, lse_np, offsets_np, counts_np, *args, **choice, **logits)
+    got = run.refine_keys(q, k, scores, row_lse, offsets, counts, *args, **choice, **logits)
     same_integers(got, want)
 
 
-def accurate(case, rng, dtype):
+def accurate(case, rng, dtype, q_stride=8, rows="sample"):
     """What a prefill of the accurate mode hands to the stage; made once, so that both sides get identical floats."""
     q, k, _ = qkv(case, rng, dtype, heads_last)
     offsets, counts = chunks(rng, case.B, case.k_len)
     k_mean = reference.chunk_pool(k, offsets, counts, case.S, "mean")
     logits = dict(scale=case.scale, softcap=case.softcap)
-    mass = reference.chunk_mass(q, k_mean, offsets, counts, case.k_len, case.q_block, 8, window=case.window, **logits)
+    args = (k_mean, offsets, counts, case.k_len, case.q_block, q_stride)
+    mass = reference.chunk_mass(q, *args, rows=rows, window=case.window, **logits)
     return q, k, *mass, offsets, counts
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("rows", "q_stride"), [("sample", 8), ("mean", 12)])  # 12 divides no block
 @pytest.mark.parametrize("case", params(lambda case: case.k_len > 0))
-def test_shapes_by_sampled_rows(ops, rng, case, dtype):
+def test_shapes_by_rows(ops, rng, case, rows, q_stride, dtype):
     """Equal but for keys whose score is within 1e-4 of the block's largest from the cut-off."""
     on(ops, case)
-    q, k, scores, row_lse, offsets, counts = accurate(case, rng, dtype)
+    q, k, scores, row_lse, offsets, counts = accurate(case, rng, dtype, q_stride, rows)
     args = (scores, row_lse, offsets, counts, case.q_block, case.budget, 3)
-    options = choice_options(case) | dict(scale=case.scale, softcap=case.softcap)
+    options = choice_options(case) | dict(scale=case.scale, softcap=case.softcap, q_stride=q_stride, rows=rows)
     runs, n = ops.refine_keys(q, k, *args, **options)
-    want_runs, want_n = reference.refine_keys(q.double(), k.double(), *args, **options)
+    want_runs, want_n = reference.refine_keys(q, k, *args, **options)
     assert runs.shape == want_runs.shape
     canonical(runs, n, case.k_len)
     for b, s, block in np.ndindex(*n.shape):
@@ -83,7 +90,7 @@ def test_shapes_by_sampled_rows(ops, rng, case, dtype):
         assert len(got) == len(want)
         if got != want:
             first, last = block * case.q_block, min(case.Lq, (block + 1) * case.q_block) - 1
-            share = second_score(q, k, row_lse, case, b, s, block, first, last, 8)
+            share = second_score(q, k, row_lse, case, b, s, block, first, last, q_stride, rows)
             limit = 1e-4 * float(share.max())
             lost, won = want - got, got - want
             assert max(share[sorted(lost)]) - min(share[sorted(won)]) <= 2 * limit
@@ -151,3 +158,10 @@ def test_run_capacity_comes_from_the_arguments(run, rng, k_len, budget, capacity
     offsets, counts = torch.tensor([[0, k_len]], dtype=torch.int32), torch.tensor([1], dtype=torch.int32)
     runs, _ = run.refine_keys(q, k, torch.zeros(1, 1, 1, 1), None, offsets, counts, 16, budget, 2, sink=2, local=4)
     assert runs.shape == (1, 1, 1, capacity, 2)
+
+
+def test_the_pooled_query_asks_for_no_rows(run, rng):
+    q, k, scores, _row_lse, offsets, counts = accurate(BASE, rng, torch.float32)
+    args = (q, k, scores, None, offsets, counts, 16, 50, 3)
+    sample, mean = (run.refine_keys(*args, sink=4, local=8, q_stride=5, rows=rows) for rows in ("sample", "mean"))
+    same_integers(sample, mean)

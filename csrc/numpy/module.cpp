@@ -97,6 +97,9 @@ class Call {
   ChunkScore chunk_score(const std::string& value) const {
     return word<ChunkScore>("score", value, {{"dot", ChunkScore::kDot}, {"mass", ChunkScore::kMass}});
   }
+  QueryRows query_rows(const std::string& value) const {
+    return word<QueryRows>("rows", value, {{"sample", QueryRows::kSample}, {"mean", QueryRows::kMean}});
+  }
   int64_t window(std::optional<int64_t> window) const {
     if (window && *window < 1) fail("window", "an integer >= 1", std::to_string(*window));
     return window.value_or(0);
@@ -301,8 +304,9 @@ py::tuple select_keys(const Object& chunk_scores, const Object& offsets, const O
 }
 
 py::tuple chunk_mass(const Object& q, const Object& k_mean, const Object& offsets, const Object& num_chunks,
-                     int64_t k_len, int64_t q_block, int64_t q_stride, std::optional<double> scale, double softcap,
-                     std::optional<int64_t> window, const Text& dtype, int threads) {
+                     int64_t k_len, int64_t q_block, int64_t q_stride, const std::string& rows,
+                     std::optional<double> scale, double softcap, std::optional<int64_t> window, const Text& dtype,
+                     int threads) {
   Call call("chunk_mass", dtype, threads);
   ChunkMass p;
   p.q = call("q", q);
@@ -312,6 +316,7 @@ py::tuple chunk_mass(const Object& q, const Object& k_mean, const Object& offset
   p.seqlen_k = k_len;
   p.q_block = q_block;
   p.q_stride = q_stride;
+  p.rows = call.query_rows(rows);
   p.softmax = call.softmax(p.q, scale, softcap, window);
   call.check(p);
   const int64_t batch = p.q.shape[0], blocks = num_blocks(p.q.shape[2], q_block);
@@ -322,7 +327,8 @@ py::tuple chunk_mass(const Object& q, const Object& k_mean, const Object& offset
 py::tuple refine_keys(const Object& q, const Object& k, const Object& chunk_scores, const Object& row_lse,
                       const Object& offsets, const Object& num_chunks, int64_t q_block, int64_t budget, int64_t refine,
                       int64_t sink, int64_t local, std::optional<int64_t> window, int64_t dense_tail, int64_t q_stride,
-                      std::optional<double> scale, double softcap, const Text& dtype, int threads) {
+                      const std::string& rows, std::optional<double> scale, double softcap, const Text& dtype,
+                      int threads) {
   Call call("refine_keys", dtype, threads);
   RefineKeys p;
   p.q = call("q", q);
@@ -334,6 +340,7 @@ py::tuple refine_keys(const Object& q, const Object& k, const Object& chunk_scor
   p.q_block = q_block;
   p.refine = refine;
   p.q_stride = q_stride;
+  p.rows = call.query_rows(rows);
   p.choice = {budget, sink, local, call.window(window), dense_tail, 1};
   p.softmax = call.softmax(p.q, scale, softcap, window);
   call.check(p);
@@ -361,10 +368,10 @@ py::tuple sparse_attention(const Object& q, const Object& k, const Object& v, co
 py::tuple sparse_prefill(const Object& q, const Object& k, const Object& v, int64_t budget,
                          std::optional<int64_t> max_chunks, int64_t q_block, std::optional<int64_t> select_heads,
                          const std::string& score, const std::string& pool, int64_t refine, int64_t q_stride,
-                         int64_t sink, int64_t local, int64_t dense_tail, int64_t boundary_window, int64_t nms_radius,
-                         std::optional<double> threshold, int64_t segment, bool strict, const Object& offsets,
-                         const Object& num_chunks, std::optional<double> scale, double softcap,
-                         std::optional<int64_t> window, const Text& dtype, int threads) {
+                         const std::string& rows, int64_t sink, int64_t local, int64_t dense_tail,
+                         int64_t boundary_window, int64_t nms_radius, std::optional<double> threshold, int64_t segment,
+                         bool strict, const Object& offsets, const Object& num_chunks, std::optional<double> scale,
+                         double softcap, std::optional<int64_t> window, const Text& dtype, int threads) {
   Call call("sparse_prefill", dtype, threads);
   SparsePrefill p;
   p.q = call("q", q);
@@ -378,6 +385,7 @@ py::tuple sparse_prefill(const Object& q, const Object& k, const Object& v, int6
   p.pool = call.pool_scale("pool", pool);
   p.refine = refine;
   p.q_stride = q_stride;
+  p.rows = call.query_rows(rows);
   // Boundaries of the call's own making lie more than nms_radius apart; a short last segment breaks that.
   const int64_t min_chunk = !offsets.is_none() || segment > 0 || nms_radius < 0 ? 1 : nms_radius + 1;
   p.choice = {budget, sink, local, call.window(window), dense_tail, min_chunk};

@@ -105,6 +105,10 @@ inline ChunkScore chunk_score(Arguments& args, const std::string& value) {
   return args.word<ChunkScore>("score", value, {{"dot", ChunkScore::kDot}, {"mass", ChunkScore::kMass}});
 }
 
+inline QueryRows query_rows(Arguments& args, const std::string& value) {
+  return args.word<QueryRows>("rows", value, {{"sample", QueryRows::kSample}, {"mean", QueryRows::kMean}});
+}
+
 inline Softmax softmax(const Tensor& q, std::optional<double> scale, double softcap, int64_t window) {
   const int64_t head_dim = q.ndim == 4 && q.shape[3] > 0 ? q.shape[3] : 1;
   return {static_cast<float>(scale.value_or(1.0 / std::sqrt(static_cast<double>(head_dim)))),
@@ -244,7 +248,8 @@ struct Ops {
 
   static Pair chunk_mass(const TorchTensor& q, const TorchTensor& k_mean, const TorchTensor& offsets,
                          const TorchTensor& num_chunks, int64_t k_len, int64_t q_block, int64_t q_stride,
-                         std::optional<double> scale, double softcap, std::optional<int64_t> window) {
+                         const std::string& rows, std::optional<double> scale, double softcap,
+                         std::optional<int64_t> window) {
     Arguments args("chunk_mass");
     ChunkMass p;
     p.q = args("q", q);
@@ -254,6 +259,7 @@ struct Ops {
     p.seqlen_k = k_len;
     p.q_block = q_block;
     p.q_stride = q_stride;
+    p.rows = query_rows(args, rows);
     p.softmax = softmax(p.q, scale, softcap, args.window(window));
     check(p);
     const int64_t blocks = num_blocks(q.size(2), q_block);
@@ -264,7 +270,7 @@ struct Ops {
   static Pair refine_keys(const TorchTensor& q, const TorchTensor& k, const TorchTensor& chunk_scores,
                           MaybeTensor row_lse, const TorchTensor& offsets, const TorchTensor& num_chunks,
                           int64_t q_block, int64_t budget, int64_t refine, int64_t sink, int64_t local,
-                          std::optional<int64_t> window, int64_t dense_tail, int64_t q_stride,
+                          std::optional<int64_t> window, int64_t dense_tail, int64_t q_stride, const std::string& rows,
                           std::optional<double> scale, double softcap) {
     Arguments args("refine_keys");
     RefineKeys p;
@@ -277,6 +283,7 @@ struct Ops {
     p.q_block = q_block;
     p.refine = refine;
     p.q_stride = q_stride;
+    p.rows = query_rows(args, rows);
     p.choice = {budget, sink, local, args.window(window), dense_tail, 1};
     p.softmax = softmax(p.q, scale, softcap, args.window(window));
     check(p);
@@ -304,10 +311,10 @@ struct Ops {
   static Pair sparse_prefill(const TorchTensor& q, const TorchTensor& k, const TorchTensor& v, int64_t budget,
                              std::optional<int64_t> max_chunks, int64_t q_block, std::optional<int64_t> select_heads,
                              const std::string& score, const std::string& pool, int64_t refine, int64_t q_stride,
-                             int64_t sink, int64_t local, int64_t dense_tail, int64_t boundary_window,
-                             int64_t nms_radius, std::optional<double> threshold, int64_t segment, bool strict,
-                             MaybeTensor offsets, MaybeTensor num_chunks, std::optional<double> scale, double softcap,
-                             std::optional<int64_t> window) {
+                             const std::string& rows, int64_t sink, int64_t local, int64_t dense_tail,
+                             int64_t boundary_window, int64_t nms_radius, std::optional<double> threshold,
+                             int64_t segment, bool strict, MaybeTensor offsets, MaybeTensor num_chunks,
+                             std::optional<double> scale, double softcap, std::optional<int64_t> window) {
     Arguments args("sparse_prefill");
     SparsePrefill p;
     p.q = args("q", q);
@@ -321,6 +328,7 @@ struct Ops {
     p.pool = pool_scale(args, "pool", pool);
     p.refine = refine;
     p.q_stride = q_stride;
+    p.rows = query_rows(args, rows);
     // Boundaries of the call's own making lie more than nms_radius apart; a short last segment breaks that.
     const int64_t min_chunk = offsets || segment > 0 || nms_radius < 0 ? 1 : nms_radius + 1;
     p.choice = {budget, sink, local, args.window(window), dense_tail, min_chunk};

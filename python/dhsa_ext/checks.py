@@ -104,6 +104,7 @@ def _word(op: str, argument: str, value: str, words: tuple[str, ...]) -> None:
 
 SCALES = ("sqrt", "mean", "sum")
 SCORES = ("dot", "mass")
+ROWS = ("sample", "mean")
 
 
 def boundary_scores(k: Tensor, window: int) -> None:
@@ -207,7 +208,7 @@ def select_keys(
     _same_device(op, chunk_scores, offsets=offsets, num_chunks=num_chunks)
 
 
-def chunk_mass(q, k_mean, offsets, num_chunks, k_len, q_block, q_stride, softcap, window) -> None:
+def chunk_mass(q, k_mean, offsets, num_chunks, k_len, q_block, q_stride, rows, softcap, window) -> None:
     op = "chunk_mass"
     _rank4(op, "q", q)
     _like(op, "k_mean", k_mean, (q.shape[0], None, None, q.shape[3]), torch.float32)
@@ -216,17 +217,19 @@ def chunk_mass(q, k_mean, offsets, num_chunks, k_len, q_block, q_stride, softcap
     _chunks(op, q.shape[0], offsets, num_chunks, k_mean.shape[2])
     _at_least(op, 0, k_len=k_len)
     _at_least(op, 1, q_block=q_block, q_stride=q_stride, window=window)
+    _word(op, "rows", rows, ROWS)
     _softcap(op, softcap)
     _same_device(op, q, k_mean=k_mean, offsets=offsets, num_chunks=num_chunks)
 
 
 def refine_keys(
     q, k, chunk_scores, row_lse, offsets, num_chunks, q_block, budget, refine,
-    sink, local, window, dense_tail, q_stride, softcap,
+    sink, local, window, dense_tail, q_stride, rows, softcap,
 ) -> None:  # fmt: skip
     op = "refine_keys"
     _qkv(op, q, k)
     _at_least(op, 1, q_block=q_block, refine=refine, q_stride=q_stride)
+    _word(op, "rows", rows, ROWS)
     _like(op, "chunk_scores", chunk_scores, (q.shape[0], None, None, None), torch.float32)
     _lists(op, "chunk_scores", chunk_scores.shape[1], q.shape[1], k.shape[1])
     _blocks(op, "chunk_scores", chunk_scores.shape[2], q.shape[2], q_block)
@@ -252,13 +255,14 @@ def sparse_attention(q, k, v, runs, num_runs, q_block, softcap, window) -> None:
 
 
 def sparse_prefill(
-    q, k, v, budget, max_chunks, q_block, select_heads, score, pool, refine, q_stride, sink, local, dense_tail,
+    q, k, v, budget, max_chunks, q_block, select_heads, score, pool, refine, q_stride, rows, sink, local, dense_tail,
     boundary_window, nms_radius, segment, offsets, num_chunks, softcap, window,
 ) -> None:  # fmt: skip
     op = "sparse_prefill"
     _qkv(op, q, k, v)
     _word(op, "score", score, SCORES)
     _word(op, "pool", pool, SCALES)
+    _word(op, "rows", rows, ROWS)
     _at_least(op, 1, max_chunks=max_chunks, q_stride=q_stride, boundary_window=boundary_window)
     _at_least(op, 0, refine=refine, nms_radius=nms_radius, segment=segment)
     if select_heads is not None:

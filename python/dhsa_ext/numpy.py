@@ -33,6 +33,7 @@ Ints = NDArray[np.int32]
 DType = Literal["bfloat16"] | None
 PoolScale = Literal["sqrt", "mean", "sum"]
 ChunkScore = Literal["dot", "mass"]
+QueryRows = Literal["sample", "mean"]
 
 __all__ = [
     "boundary_logits",
@@ -190,6 +191,7 @@ def chunk_mass(
     q_block: int,
     q_stride: int = 8,
     *,
+    rows: QueryRows = "sample",
     scale: float | None = None,
     softcap: float = 0.0,
     window: int | None = None,
@@ -199,11 +201,12 @@ def chunk_mass(
     """The accurate mode's chunk scores: the attention mass that one token of a chunk is estimated to get.
 
     q [B, H, Lq, D], k_mean float32 [B, S, C, D] (chunk_pool "mean"). Every q_stride-th query of a block, counted back
-    from its last, votes with softmax(scale q.mean + ln n). Returns scores float32 [B, S, nQ, C] and the rows' logsumexp
-    row_lse float32 [B, H, nQ, ceil(q_block / q_stride)], unused entries +inf.
+    from its last, votes with softmax(scale q.mean + ln n); with rows "mean", the means of the q_stride queries that end
+    there do, rounded to q's type. Returns scores float32 [B, S, nQ, C] and the rows' logsumexp row_lse float32
+    [B, H, nQ, ceil(q_block / q_stride)], unused entries +inf.
     """
     return _numpy.chunk_mass(
-        q, k_mean, offsets, num_chunks, k_len, q_block, q_stride, scale, softcap, window, dtype, _threads(threads)
+        q, k_mean, offsets, num_chunks, k_len, q_block, q_stride, rows, scale, softcap, window, dtype, _threads(threads)
     )
 
 
@@ -223,6 +226,7 @@ def refine_keys(
     window: int | None = None,
     dense_tail: int = 0,
     q_stride: int = 8,
+    rows: QueryRows = "sample",
     scale: float | None = None,
     softcap: float = 0.0,
     dtype: DType = None,
@@ -230,12 +234,13 @@ def refine_keys(
 ) -> tuple[Ints, Ints]:
     """`select_keys` with a second, token-level look at `refine` times as many keys as there is room for.
 
-    q [B, H, Lq, D], k [B, Hkv, Lk, D], chunk_scores float32 [B, S, nQ, C], row_lse of `chunk_mass` (None: score by the
-    pooled query). Returns runs int32 [B, S, nQ, R, 2] with R = max(1, min(budget, (Lk + 1) // 2)), num_runs int32.
+    q [B, H, Lq, D], k [B, Hkv, Lk, D], chunk_scores float32 [B, S, nQ, C], row_lse of `chunk_mass` with the same
+    q_stride and rows (None: score by the pooled query, which asks for neither). Returns runs int32 [B, S, nQ, R, 2]
+    with R = max(1, min(budget, (Lk + 1) // 2)), num_runs int32.
     """
     return _numpy.refine_keys(
         q, k, chunk_scores, row_lse, offsets, num_chunks, q_block, budget, refine, sink, local, window, dense_tail,
-        q_stride, scale, softcap, dtype, _threads(threads),
+        q_stride, rows, scale, softcap, dtype, _threads(threads),
     )  # fmt: skip
 
 
@@ -279,6 +284,7 @@ def sparse_prefill(
     pool: PoolScale = "sqrt",
     refine: int = 0,
     q_stride: int = 8,
+    rows: QueryRows = "sample",
     sink: int = 16,
     local: int = 64,
     dense_tail: int = 0,
@@ -304,9 +310,9 @@ def sparse_prefill(
     position; strict=True scores the chunk that holds the block's end without its future.
     """
     out, lse = _numpy.sparse_prefill(
-        q, k, v, budget, max_chunks, q_block, select_heads, score, pool, refine, q_stride, sink, local, dense_tail,
-        boundary_window, nms_radius, threshold, segment, strict, offsets, num_chunks, scale, softcap, window,
-        dtype, _threads(threads),
+        q, k, v, budget, max_chunks, q_block, select_heads, score, pool, refine, q_stride, rows, sink, local,
+        dense_tail, boundary_window, nms_radius, threshold, segment, strict, offsets, num_chunks, scale, softcap,
+        window, dtype, _threads(threads),
     )  # fmt: skip
     return (out, lse) if return_lse else out
 

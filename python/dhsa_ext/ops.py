@@ -35,17 +35,18 @@ SCHEMAS = (
     "SymInt budget, *, int sink=16, int local=64, int? window=None, int dense_tail=0, int min_chunk=1) "
     "-> (Tensor runs, Tensor num_runs)",
     "chunk_mass(Tensor q, Tensor k_mean, Tensor offsets, Tensor num_chunks, SymInt k_len, SymInt q_block, "
-    "int q_stride=8, *, float? scale=None, float softcap=0.0, int? window=None) -> (Tensor scores, Tensor row_lse)",
+    'int q_stride=8, *, str rows="sample", float? scale=None, float softcap=0.0, int? window=None) '
+    "-> (Tensor scores, Tensor row_lse)",
     "refine_keys(Tensor q, Tensor k, Tensor chunk_scores, Tensor? row_lse, Tensor offsets, Tensor num_chunks, "
     "SymInt q_block, SymInt budget, int refine, *, int sink=16, int local=64, int? window=None, int dense_tail=0, "
-    "int q_stride=8, float? scale=None, float softcap=0.0) -> (Tensor runs, Tensor num_runs)",
+    'int q_stride=8, str rows="sample", float? scale=None, float softcap=0.0) -> (Tensor runs, Tensor num_runs)',
     "sparse_attention(Tensor q, Tensor k, Tensor v, Tensor runs, Tensor num_runs, SymInt q_block, *, "
     "float? scale=None, float softcap=0.0, int? window=None) -> (Tensor out, Tensor lse)",
     "sparse_prefill(Tensor q, Tensor k, Tensor v, SymInt budget, *, SymInt? max_chunks=None, int q_block=64, "
-    'int? select_heads=None, str score="dot", str pool="sqrt", int refine=0, int q_stride=8, int sink=16, '
-    "int local=64, int dense_tail=0, int boundary_window=4, int nms_radius=8, float? threshold=None, int segment=0, "
-    "bool strict=False, Tensor? offsets=None, Tensor? num_chunks=None, float? scale=None, float softcap=0.0, "
-    "int? window=None) -> (Tensor out, Tensor lse)",
+    'int? select_heads=None, str score="dot", str pool="sqrt", int refine=0, int q_stride=8, str rows="sample", '
+    "int sink=16, int local=64, int dense_tail=0, int boundary_window=4, int nms_radius=8, float? threshold=None, "
+    "int segment=0, bool strict=False, Tensor? offsets=None, Tensor? num_chunks=None, float? scale=None, "
+    "float softcap=0.0, int? window=None) -> (Tensor out, Tensor lse)",
     "sparse_decode(Tensor q, Tensor k, Tensor v, Tensor k_pooled, Tensor offsets, Tensor num_chunks, SymInt budget, "
     '*, str score="dot", int refine=0, int sink=16, int local=64, int min_chunk=1, float? scale=None, '
     "float softcap=0.0, int? window=None, Tensor? cache_seqlens=None) -> (Tensor out, Tensor lse)",
@@ -133,8 +134,11 @@ def _(
 
 
 @torch.library.register_fake("dhsa::chunk_mass", lib=library)
-def _(q, k_mean, offsets, num_chunks, k_len, q_block, q_stride=8, *, scale=None, softcap=0.0, window=None):
-    checks.chunk_mass(q, k_mean, offsets, num_chunks, k_len, q_block, q_stride, softcap, window)
+def _(
+    q, k_mean, offsets, num_chunks, k_len, q_block, q_stride=8, *,
+    rows="sample", scale=None, softcap=0.0, window=None,
+):  # fmt: skip
+    checks.chunk_mass(q, k_mean, offsets, num_chunks, k_len, q_block, q_stride, rows, softcap, window)
     blocks = _num_blocks(q.shape[2], q_block)
     scores = _float(q, q.shape[0], k_mean.shape[1], blocks, k_mean.shape[2])
     return scores, _float(q, q.shape[0], q.shape[1], blocks, _num_blocks(q_block, q_stride))
@@ -143,11 +147,11 @@ def _(q, k_mean, offsets, num_chunks, k_len, q_block, q_stride=8, *, scale=None,
 @torch.library.register_fake("dhsa::refine_keys", lib=library)
 def _(
     q, k, chunk_scores, row_lse, offsets, num_chunks, q_block, budget, refine, *,
-    sink=16, local=64, window=None, dense_tail=0, q_stride=8, scale=None, softcap=0.0,
+    sink=16, local=64, window=None, dense_tail=0, q_stride=8, rows="sample", scale=None, softcap=0.0,
 ):  # fmt: skip
     checks.refine_keys(
         q, k, chunk_scores, row_lse, offsets, num_chunks, q_block, budget, refine,
-        sink, local, window, dense_tail, q_stride, softcap,
+        sink, local, window, dense_tail, q_stride, rows, softcap,
     )  # fmt: skip
     lists = chunk_scores.shape[:3]
     return _int(q, *lists, reference.refined_run_capacity(k.shape[2], budget), 2), _int(q, *lists)
@@ -162,12 +166,12 @@ def _(q, k, v, runs, num_runs, q_block, *, scale=None, softcap=0.0, window=None)
 @torch.library.register_fake("dhsa::sparse_prefill", lib=library)
 def _(
     q, k, v, budget, *, max_chunks=None, q_block=64, select_heads=None, score="dot", pool="sqrt", refine=0,
-    q_stride=8, sink=16, local=64, dense_tail=0, boundary_window=4, nms_radius=8, threshold=None, segment=0,
-    strict=False, offsets=None, num_chunks=None, scale=None, softcap=0.0, window=None,
+    q_stride=8, rows="sample", sink=16, local=64, dense_tail=0, boundary_window=4, nms_radius=8, threshold=None,
+    segment=0, strict=False, offsets=None, num_chunks=None, scale=None, softcap=0.0, window=None,
 ):  # fmt: skip
     checks.sparse_prefill(
-        q, k, v, budget, max_chunks, q_block, select_heads, score, pool, refine, q_stride, sink, local, dense_tail,
-        boundary_window, nms_radius, segment, offsets, num_chunks, softcap, window,
+        q, k, v, budget, max_chunks, q_block, select_heads, score, pool, refine, q_stride, rows, sink, local,
+        dense_tail, boundary_window, nms_radius, segment, offsets, num_chunks, softcap, window,
     )  # fmt: skip
     return _attention_outputs(q)
 
@@ -353,6 +357,7 @@ def chunk_mass(
     q_block: int,
     q_stride: int = 8,
     *,
+    rows: str = "sample",
     scale: float | None = None,
     softcap: float = 0.0,
     window: int | None = None,
@@ -360,11 +365,12 @@ def chunk_mass(
     """The accurate mode's chunk scores: the attention mass that one token of a chunk is estimated to get.
 
     q [B, H, Lq, D], k_mean float32 [B, S, C, D] (chunk_pool "mean"). Every q_stride-th query of a block, counted back
-    from its last, votes with softmax(scale q.mean + ln n). Returns scores float32 [B, S, nQ, C] and the rows' logsumexp
-    row_lse float32 [B, H, nQ, ceil(q_block / q_stride)], unused entries +inf.
+    from its last, votes with softmax(scale q.mean + ln n); with rows "mean", the means of the q_stride queries that end
+    there do, rounded to q's type. Returns scores float32 [B, S, nQ, C] and the rows' logsumexp row_lse float32
+    [B, H, nQ, ceil(q_block / q_stride)], unused entries +inf.
     """
     return _ops.chunk_mass(
-        q, k_mean, offsets, num_chunks, k_len, q_block, q_stride, scale=scale, softcap=softcap, window=window
+        q, k_mean, offsets, num_chunks, k_len, q_block, q_stride, rows=rows, scale=scale, softcap=softcap, window=window
     )
 
 
@@ -384,17 +390,19 @@ def refine_keys(
     window: int | None = None,
     dense_tail: int = 0,
     q_stride: int = 8,
+    rows: str = "sample",
     scale: float | None = None,
     softcap: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """`select_keys` with a second, token-level look at `refine` times as many keys as there is room for.
 
-    q [B, H, Lq, D], k [B, Hkv, Lk, D], chunk_scores float32 [B, S, nQ, C], row_lse of `chunk_mass` (None: score by the
-    pooled query). Returns runs int32 [B, S, nQ, R, 2] with R = max(1, min(budget, (Lk + 1) // 2)), num_runs int32.
+    q [B, H, Lq, D], k [B, Hkv, Lk, D], chunk_scores float32 [B, S, nQ, C], row_lse of `chunk_mass` with the same
+    q_stride and rows (None: score by the pooled query, which asks for neither). Returns runs int32 [B, S, nQ, R, 2]
+    with R = max(1, min(budget, (Lk + 1) // 2)), num_runs int32.
     """
     return _ops.refine_keys(
         q, k, chunk_scores, row_lse, offsets, num_chunks, q_block, budget, refine, sink=sink, local=local,
-        window=window, dense_tail=dense_tail, q_stride=q_stride, scale=scale, softcap=softcap,
+        window=window, dense_tail=dense_tail, q_stride=q_stride, rows=rows, scale=scale, softcap=softcap,
     )  # fmt: skip
 
 
@@ -425,9 +433,10 @@ def sparse_prefill(q: Tensor, k: Tensor, v: Tensor, budget: int, *, return_lse: 
     """Every stage in one call: choose `budget` keys for each query block, and attend to them.
 
     q [B, H, Lq, D], k and v [B, Hkv, Lk, D]. Options, with the schema's defaults: max_chunks (Lk // 16), q_block 64,
-    select_heads (1, Hkv or H; Hkv), score "dot" | "mass", pool "sqrt" | "mean" | "sum", refine 0, q_stride 8, sink 16,
-    local 64, dense_tail 0, boundary_window 4, nms_radius 8, threshold, segment 0, strict, offsets and num_chunks (to
-    share boundaries), scale, softcap, window. Returns out (q's dtype), with return_lse also lse float32 [B, H, Lq].
+    select_heads (1, Hkv or H; Hkv), score "dot" | "mass", pool "sqrt" | "mean" | "sum", refine 0, q_stride 8, rows
+    "sample" | "mean", sink 16, local 64, dense_tail 0, boundary_window 4, nms_radius 8, threshold, segment 0, strict,
+    offsets and num_chunks (to share boundaries), scale, softcap, window. Returns out (q's dtype), with return_lse also
+    lse float32 [B, H, Lq].
     Boundaries and chunk vectors may look past a block's last query, outputs never attend past their own position;
     strict=True scores the chunk that holds the block's end without its future.
     """

@@ -309,9 +309,23 @@ def select_keys(
     return runs, num_runs
 
 
-def _sampled_rows(first: int, last: int, q_stride: int) -> list[int]:
-    """A block's last query and every q_stride-th before it, counted back from the last."""
-    return list(range(last, first - 1, -q_stride))
+def _block_rows(q: Tensor, first: int, last: int, q_stride: int, rows: str) -> Tensor:
+    """The rows [..., n, D] that stand for queries first ... last of q [..., Lq, D], counted back from the last.
+
+    "sample": the last query and every q_stride-th before it. "mean": the means of the q_stride queries that end there,
+    the block's first row of those it has, as the native kernels take them: float32 sums in rising order, one division,
+    rounded to q's type.
+    """
+    ends = torch.arange(last, first - 1, -q_stride, device=q.device)
+    if rows == "sample":
+        return q[..., ends, :]
+    sums = q.new_zeros((*q.shape[:-2], len(ends), q.shape[-1]), dtype=torch.float32)
+    for back in reversed(range(min(q_stride, last - first + 1))):
+        held = (ends - back >= first)[:, None]
+        sums = torch.where(held, sums + q[..., (ends - back).clamp_min(first), :].float(), sums)
+    # The divisor is a tensor on q's device: torch would multiply by the reciprocal of a number.
+    counts = torch.minimum(ends - first + 1, torch.full_like(ends, q_stride)).float()[:, None]
+    return (sums / counts).to(q.dtype)
 
 
 def _mass_of_block(rows: Tensor, means: Tensor, sizes: Tensor, scale: float, softcap: float) -> tuple[Tensor, Tensor]:
@@ -334,15 +348,16 @@ def chunk_mass(
     q_block: int,
     q_stride: int = 8,
     *,
+    rows: str = "sample",
     scale: float | None = None,
     softcap: float = 0.0,
     window: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    checks.chunk_mass(q, k_mean, offsets, num_chunks, k_len, q_block, q_stride, softcap, window)
-    return _chunk_mass(q, k_mean, offsets, num_chunks, k_len, q_block, q_stride, scale, softcap, window)
+    checks.chunk_mass(q, k_mean, offsets, num_chunks, k_len, q_block, q_stride, rows, softcap, window)
+    return _chunk_mass(q, k_mean, offsets, num_chunks, k_len, q_block, q_stride, rows, scale, softcap, window)
 
 
-def _chunk_mass(q, k_mean, offsets, num_chunks, k_len, q_block, q_stride, scale, softcap, window, cut_chunk=None):
+def _chunk_mass(q, k_mean, offsets, num_chunks, k_len, q_block, q_stride, rows, scale, softcap, window, cut_chunk=None):
     """chunk_mass; cut_chunk(b, p1) -> (chunk, size, mean [S, D]) replaces the chunk that holds p1 (strict)."""
     batch, heads, q_len, head_dim = q.shape
     geometry = _Blocks(q_len, k_len, q_block, q.device)
@@ -361,10 +376,10 @@ def _chunk_mass(q, k_mean, offsets, num_chunks, k_len, q_block, q_stride, scale,
             if cut_chunk is not None and (cut := cut_chunk(b, p1)) is not None:
                 means, sizes = means.clone(), sizes.clone()
                 sizes[cut[0]], means[:, cut[0]] = cut[1], cut[2]
-            rows = _sampled_rows(int(geometry.first[j]), int(geometry.last[j]), q_stride)
-            share, lse = _mass_of_block(q[b, :, rows].double(), means, torch.where(held, sizes, 0), scale, softcap)
+            own = _block_rows(q[b], int(geometry.first[j]), int(geometry.last[j]), q_stride, rows)
+            share, lse = _mass_of_block(own.double(), means, torch.where(held, sizes, 0), scale, softcap)
             scores[b, :, j] = share.float()
-            row_lse[b, :, j, : len(rows)] = lse.float()
+            row_lse[b, :, j, : own.shape[1]] = lse.float()
     return scores, row_lse
 
 
@@ -384,12 +399,13 @@ def refine_keys(
     window: int | None = None,
     dense_tail: int = 0,
     q_stride: int = 8,
+    rows: str = "sample",
     scale: float | None = None,
     softcap: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     checks.refine_keys(
         q, k, chunk_scores, row_lse, offsets, num_chunks, q_block, budget, refine,
-        sink, local, window, dense_tail, q_stride, softcap,
+        sink, local, window, dense_tail, q_stride, rows, softcap,
     )  # fmt: skip
     batch, q_heads, q_len, head_dim = q.shape
     kv_heads, k_len = k.shape[1:3]
@@ -419,13 +435,13 @@ def refine_keys(
                     score = shared_k[b, s, keys] @ pooled[b, s, j]
                 else:
                     group = range(s * q_heads // heads, (s + 1) * q_heads // heads)
-                    rows = _sampled_rows(int(geometry.first[j]), int(geometry.last[j]), q_stride)
+                    own = _block_rows(q[b], int(geometry.first[j]), int(geometry.last[j]), q_stride, rows).double()
                     score = torch.stack(
                         [
                             _key_share(
-                                q[b, h, rows].double(),
+                                own[h],
                                 k[b, h * kv_heads // q_heads, keys].double(),
-                                row_lse[b, h, j, : len(rows)].double(),  # type: ignore[index]
+                                row_lse[b, h, j, : own.shape[1]].double(),  # type: ignore[index]
                                 scale,
                                 softcap,
                             )
@@ -529,6 +545,7 @@ def sparse_prefill(
     pool: str = "sqrt",
     refine: int = 0,
     q_stride: int = 8,
+    rows: str = "sample",
     sink: int = 16,
     local: int = 64,
     dense_tail: int = 0,
@@ -544,8 +561,8 @@ def sparse_prefill(
     window: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     checks.sparse_prefill(
-        q, k, v, budget, max_chunks, q_block, select_heads, score, pool, refine, q_stride, sink, local, dense_tail,
-        boundary_window, nms_radius, segment, offsets, num_chunks, softcap, window,
+        q, k, v, budget, max_chunks, q_block, select_heads, score, pool, refine, q_stride, rows, sink, local,
+        dense_tail, boundary_window, nms_radius, segment, offsets, num_chunks, softcap, window,
     )  # fmt: skip
     q_len, k_len = q.shape[2], k.shape[2]
     heads = k.shape[1] if select_heads is None else select_heads
@@ -564,12 +581,13 @@ def sparse_prefill(
         if strict:
             cut_chunk = _cut_chunk(k, offsets, num_chunks, heads, "mean")
             chosen, row_lse = _chunk_mass(
-                q, k_pooled, offsets, num_chunks, k_len, q_block, q_stride, scale, softcap, window, cut_chunk
+                q, k_pooled, offsets, num_chunks, k_len, q_block, q_stride, rows, scale, softcap, window, cut_chunk
             )
         else:
             chosen, row_lse = chunk_mass(
-                q, k_pooled, offsets, num_chunks, k_len, q_block, q_stride, scale=scale, softcap=softcap, window=window
-            )
+                q, k_pooled, offsets, num_chunks, k_len, q_block, q_stride,
+                rows=rows, scale=scale, softcap=softcap, window=window,
+            )  # fmt: skip
     else:
         q_pooled = query_pool(q, heads, q_block)
         if strict:
@@ -580,7 +598,7 @@ def sparse_prefill(
     if refine:
         runs, num_runs = refine_keys(
             q, k, chosen, row_lse, offsets, num_chunks, q_block, budget, refine,
-            q_stride=q_stride, scale=scale, softcap=softcap, **forced,
+            q_stride=q_stride, rows=rows, scale=scale, softcap=softcap, **forced,
         )  # fmt: skip
     else:
         runs, num_runs = select_keys(
