@@ -163,6 +163,8 @@ def test_policies_are_read_from_words():
     runs, _ = evaluate_model.parse_policy("block_sparse:block=8")(q, k, config)
     assert runs.shape[3] == 8 + 3
     assert evaluate_model.parse_policy("coverage:share=0.5").keywords == {"share": 0.5}
+    accurate = evaluate_model.parse_policy("accurate:rows=sample,q_stride=8,refine=4")
+    assert accurate.keywords == {"rows": "sample", "q_stride": 8, "refine": 4}
     for bad in ("nothing", "coverage:nothing=1", "paper:chunks=3"):
         with pytest.raises(ValueError, match=r"dhsa_ext.evaluate: policies: .*expected"):
             evaluate_model.parse_policy(bad)

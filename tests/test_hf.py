@@ -494,12 +494,22 @@ def test_presets_are_the_specs():
     assert (paper.q_block, paper.pool, paper.score, paper.refine) == (128, "sqrt", "dot", 0)
     assert (paper.sink, paper.local, paper.dense_tail, paper.decode) == (128, 128, 64, "dense")
     assert paper.heads(8, 2) == 1 and paper.max_chunks(4096) == 256
-    assert (accurate.q_block, accurate.pool, accurate.score, accurate.refine) == (64, "mean", "mass", 4)
-    assert (accurate.q_stride, accurate.sink, accurate.local, accurate.dense_tail) == (8, 16, 64, 0)
+    assert (accurate.q_block, accurate.pool, accurate.score, accurate.refine) == (64, "mean", "mass", "auto")
+    assert (accurate.sink, accurate.local, accurate.dense_tail) == (16, 64, 0)
+    assert (accurate.q_stride, accurate.rows, paper.q_stride, paper.rows) == (16, "mean", 8, "sample")
     assert accurate.decode == "sparse" and accurate.heads(8, 2) == 2
     for config in (paper, accurate):
         assert (config.nms_radius, config.boundary_window) == (8, 4)
     assert str(DHSAConfig("paper", q_block=64)) == "DHSAConfig(preset='paper', budget=1024, q_block=64)"
+
+
+@pytest.mark.parametrize(("keys", "refine"), [(100, 8), (16384, 8), (16385, 4), (200_000, 4)])
+def test_refine_auto_follows_the_number_of_keys(keys, refine):
+    config = DHSAConfig("accurate")
+    assert config.prefill_args(4, 2, keys)["refine"] == config.decode_args(keys)["refine"] == refine
+    assert config.prefill_args(4, 2, keys)["rows"] == "mean"
+    for given in (0, 3):
+        assert DHSAConfig("accurate", refine=given).decode_args(keys)["refine"] == given
 
 
 @pytest.mark.parametrize("preset, least", [("paper", 128 + 128 + 127), ("accurate", 16 + 64 + 63)])
@@ -521,6 +531,8 @@ def test_sparse_decode_must_hold_the_open_tail():
         (dict(select_heads="all"), "select_heads"),
         (dict(q_block=0), "q_block: expected an integer of at least 1, got 0"),
         (dict(sink=-1), "sink"),
+        (dict(rows="max"), "rows: expected one of 'sample', 'mean', got 'max'"),
+        (dict(refine="most"), "refine: expected an integer of at least 0 or \"auto\", got 'most'"),
         (dict(decode="fast"), "decode"),
         (dict(nms_radius=64), "nms_radius: expected less than 64"),
     ],

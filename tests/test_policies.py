@@ -195,10 +195,20 @@ def test_coverage_stops_at_the_cap_and_estimates_from_few_candidates():
 
 def test_accurate_takes_refine_from_its_argument_else_its_config_else_the_preset():
     q, k, _ = inputs(11, q_len=400)
-    runs = {given: policies.accurate(q, k, small(), refine=given)[0] for given in (1, 4)}
-    assert not torch.equal(runs[1], runs[4])
+    runs = {given: policies.accurate(q, k, small(), refine=given)[0] for given in (1, 8)}
+    assert not torch.equal(runs[1], runs[8])
     assert torch.equal(policies.accurate(q, k, small(refine=1))[0], runs[1])
-    assert torch.equal(policies.accurate(q, k, small(refine=0))[0], runs[4])
+    assert torch.equal(policies.accurate(q, k, small(refine=0))[0], runs[8])
+
+
+def test_accurate_takes_its_rows_from_its_arguments_else_its_config():
+    q, k, _ = inputs(11, q_len=400)
+    sample, mean = (policies.accurate(q, k, small(), rows=rows)[0] for rows in ("sample", "mean"))
+    assert not torch.equal(sample, mean)
+    assert torch.equal(policies.accurate(q, k, small(rows="sample"))[0], sample)
+    assert torch.equal(policies.accurate(q, k, small())[0], mean)
+    few = policies.accurate(q, k, small(), q_stride=16)[0]
+    assert torch.equal(policies.accurate(q, k, small(q_stride=16))[0], few) and not torch.equal(few, mean)
 
 
 def test_given_chunks_replace_the_training_free_ones():

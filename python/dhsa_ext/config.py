@@ -11,15 +11,20 @@ _PRESET: Any = None
 PRESETS: dict[str, dict[str, Any]] = {
     # As the paper's published code chooses: one selection for all heads, sqrt(n)-pooled dot products, decode dense.
     "paper": dict(
-        q_block=128, select_heads="one", pool="sqrt", score="dot", refine=0, q_stride=8, sink=128, local=128,
-        dense_tail=64, decode="dense",
+        q_block=128, select_heads="one", pool="sqrt", score="dot", refine=0, q_stride=8, rows="sample", sink=128,
+        local=128, dense_tail=64, decode="dense",
     ),
-    # Chunks scored by the attention mass they would get, then a token-level refinement; decode sparse.
+    # Chunks scored by the attention mass that means of queries would give them, then a token-level refinement; decode
+    # sparse.
     "accurate": dict(
-        q_block=64, select_heads="kv", pool="mean", score="mass", refine=4, q_stride=8, sink=16, local=64,
-        dense_tail=0, decode="sparse",
+        q_block=64, select_heads="kv", pool="mean", score="mass", refine="auto", q_stride=16, rows="mean", sink=16,
+        local=64, dense_tail=0, decode="sparse",
     ),
 }  # fmt: skip
+
+# refine "auto": beyond REFINE_LONG_FROM keys the token-level stage costs more than it brings for each millisecond of a
+# GPU, so that long calls send half as many tokens through it. docs/choosing-keys.md has the figures.
+REFINE_SHORT, REFINE_LONG, REFINE_LONG_FROM = 8, 4, 16384
 
 # ChunkIndex closes an open chunk at this length at the latest.
 MAX_OPEN_CHUNK = 64
@@ -34,8 +39,9 @@ class DHSAConfig:
     q_block         queries that share one choice of keys
     select_heads    "one" list for all heads, one per "kv" head, or one per "query" head
     pool, score     chunk vectors ("sqrt", "mean", "sum") and what they are scored by ("dot" or "mass")
-    refine          0, or how many times the budget goes through the token-level stage
-    q_stride        score "mass": every q_stride-th query of a block is read
+    refine          0, or how many times the budget goes through the token-level stage; "auto": 8, and 4 in a call with
+                    more than 16384 keys
+    q_stride, rows  score "mass": of each q_stride queries of a block, the last is read ("sample"), or their "mean"
     sink, local     keys that are always kept: the first ones, and the nearest ones
     dense_tail      the last queries of a call that keep every key; each piece of a chunked prefill has its own
     decode          "dense", or "sparse": one ChunkIndex per layer chooses the keys of each new token
@@ -58,8 +64,9 @@ class DHSAConfig:
     select_heads: Literal["one", "kv", "query"] = _PRESET
     pool: Literal["sqrt", "mean", "sum"] = _PRESET
     score: Literal["dot", "mass"] = _PRESET
-    refine: int = _PRESET
+    refine: int | Literal["auto"] = _PRESET
     q_stride: int = _PRESET
+    rows: Literal["sample", "mean"] = _PRESET
     sink: int = _PRESET
     local: int = _PRESET
     dense_tail: int = _PRESET
@@ -85,10 +92,13 @@ class DHSAConfig:
         _one_of("select_heads", self.select_heads, ("one", "kv", "query"))
         _one_of("pool", self.pool, ("sqrt", "mean", "sum"))
         _one_of("score", self.score, ("dot", "mass"))
+        _one_of("rows", self.rows, ("sample", "mean"))
         _one_of("decode", self.decode, ("dense", "sparse"))
         for name in ("q_block", "q_stride", "chunk_size", "boundary_window"):
             _at_least(name, getattr(self, name), 1)
-        for name in ("refine", "sink", "local", "dense_tail", "nms_radius", "min_length", "segment"):
+        if self.refine != "auto":
+            _at_least("refine", self.refine, 0, ' or "auto"')
+        for name in ("sink", "local", "dense_tail", "nms_radius", "min_length", "segment"):
             if getattr(self, name) is not None:
                 _at_least(name, getattr(self, name), 0)
         if self.budget < self.smallest_budget:
@@ -123,20 +133,28 @@ class DHSAConfig:
         """The quota of chunks: of the whole row, or of one segment."""
         return max(1, (self.segment or seqlen_k) // self.chunk_size)
 
+    def refine_over(self, seqlen_k: int) -> int:
+        """The number that `refine` stands for in a call over so many keys."""
+        if self.refine == "auto":
+            return REFINE_SHORT if seqlen_k <= REFINE_LONG_FROM else REFINE_LONG
+        return self.refine
+
     def prefill_args(self, query_heads: int, kv_heads: int, seqlen_k: int) -> dict[str, Any]:
-        """Keyword arguments of ops.sparse_prefill for this config."""
+        """Keyword arguments of ops.sparse_prefill for this config, over seqlen_k keys."""
         same = (
-            "budget", "q_block", "score", "pool", "refine", "q_stride", "sink", "local", "dense_tail",
+            "budget", "q_block", "score", "pool", "q_stride", "rows", "sink", "local", "dense_tail",
             "boundary_window", "nms_radius", "threshold", "segment", "strict",
         )  # fmt: skip
         arguments = {name: getattr(self, name) for name in same}
+        arguments["refine"] = self.refine_over(seqlen_k)
         arguments["max_chunks"] = self.max_chunks(seqlen_k)
         arguments["select_heads"] = self.heads(query_heads, kv_heads)
         return arguments
 
-    def decode_args(self) -> dict[str, Any]:
-        """Keyword arguments of ops.sparse_decode for this config."""
-        return {name: getattr(self, name) for name in ("budget", "score", "refine", "sink", "local")}
+    def decode_args(self, seqlen_k: int) -> dict[str, Any]:
+        """Keyword arguments of ops.sparse_decode for this config, over seqlen_k keys or a cache with room for them."""
+        arguments = {name: getattr(self, name) for name in ("budget", "score", "sink", "local")}
+        return arguments | {"refine": self.refine_over(seqlen_k)}
 
     def __str__(self) -> str:
         set_here = {f.name: getattr(self, f.name) for f in fields(self)}
@@ -151,6 +169,8 @@ def _one_of(name: str, value: object, known: tuple[str, ...]) -> None:
         raise ValueError(f"dhsa_ext.DHSAConfig: {name}: expected one of {expected}, got {value!r}")
 
 
-def _at_least(name: str, value: int, least: int) -> None:
+def _at_least(name: str, value: object, least: int, otherwise: str = "") -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"dhsa_ext.DHSAConfig: {name}: expected an integer of at least {least}, got {value!r}")
+        raise ValueError(
+            f"dhsa_ext.DHSAConfig: {name}: expected an integer of at least {least}{otherwise}, got {value!r}"
+        )

@@ -100,8 +100,9 @@ class DecodeStep:
         if layer in self.sparse:
             i = self.sparse.index(layer)
             return ops.sparse_decode(
-                q, k, v, self.pooled[i], self.offsets[i], self.num_chunks[i], **self.config.decode_args(),
-                scale=scale, softcap=softcap, cache_seqlens=self._cache_seqlens,
+                q, k, v, self.pooled[i], self.offsets[i], self.num_chunks[i],
+                **self.config.decode_args(self.capacity), scale=scale, softcap=softcap,
+                cache_seqlens=self._cache_seqlens,
             )  # fmt: skip
         # One run over all that was written.
         end = self._device_length.clamp(max=k.shape[2])

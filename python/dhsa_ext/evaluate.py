@@ -312,11 +312,13 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("--lengths", type=int, nargs="+", help="tokens: pieces of a text, or which prompts of a file")
         sub.add_argument("--prompts", type=int, help="at most so many of each length (default: all, or 1 of a text)")
         sub.add_argument("--max-length", type=int, help="longer contexts keep their first and last half of this")
-        sub.add_argument("--policies", nargs="+", default=["paper", "accurate", "oracle"], metavar="NAME[:OPTION=N]")
+        sub.add_argument(
+            "--policies", nargs="+", default=["paper", "accurate", "oracle"], metavar="NAME[:OPTION=VALUE]"
+        )
         sub.add_argument("--budgets", type=int, nargs="+", default=[1024])
         sub.add_argument("--heads", nargs="+", default=["kv"], choices=["one", "kv", "query"], help="lists: one per")
         sub.add_argument("--q-block", type=int, nargs="+", default=[64])
-        sub.add_argument("--q-stride", type=int, default=8)
+        sub.add_argument("--q-stride", type=int, help="queries of a block that a row stands for (default: 16)")
         sub.add_argument("--sink", type=int, default=16)
         sub.add_argument("--local", type=int, default=64)
         sub.add_argument(

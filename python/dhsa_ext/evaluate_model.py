@@ -65,7 +65,7 @@ class Choice:
 
 
 def parse_policy(text: str) -> policies.Policy:
-    """A policy's name with options of its own: "accurate", "coverage:share=0.95", "block_sparse:block=32"."""
+    """A policy's name with options of its own: "accurate", "coverage:share=0.95", "accurate:rows=sample"."""
     name, _, options = text.partition(":")
     if name not in policies.POLICIES:
         raise ValueError(f"dhsa_ext.evaluate: policies: expected some of {', '.join(policies.POLICIES)}, got {name!r}")
@@ -73,8 +73,8 @@ def parse_policy(text: str) -> policies.Policy:
     for option in filter(None, options.split(",")):
         key, _, value = option.partition("=")
         default = inspect.signature(policy).parameters.get(key)
-        if default is None or not isinstance(default.default, int | float):
-            raise ValueError(f"dhsa_ext.evaluate: policies: {name}: expected one of its numbers, got {option!r}")
+        if default is None or not isinstance(default.default, int | float | str):
+            raise ValueError(f"dhsa_ext.evaluate: policies: {name}: expected one of its options, got {option!r}")
         given[key] = type(default.default)(value)
     return partial(policy, **given) if given else policy
 

@@ -248,7 +248,7 @@ def _decode(
     index = layer.indices[g]
     return ops.sparse_decode(
         q, k, v, index.pooled, index.offsets, index.num_chunks,
-        **layer.model.config.decode_args(), scale=logits.scale, softcap=logits.softcap,
+        **layer.model.config.decode_args(k.shape[2]), scale=logits.scale, softcap=logits.softcap,
     )  # fmt: skip
 
 

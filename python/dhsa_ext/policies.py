@@ -99,14 +99,19 @@ def paper(
 
 def accurate(
     q: Tensor, k: Tensor, config: DHSAConfig, scale: float | None = None, softcap: float = 0.0,
-    chunks: Chunks | None = None, refine: int = 0,
+    chunks: Chunks | None = None, refine: int = 0, q_stride: int = 0, rows: str = "",
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Chunks by the attention mass they would get, then `refine` times the budget's tokens one by one.
 
-    refine 0 is the config's own, and where that has none, as in the paper preset, the accurate preset's.
+    refine 0 is the config's own, and where that has none, as in the paper preset, the accurate preset's; q_stride 0 and
+    rows "" are the config's own.
     """
-    refine = refine or config.refine or PRESETS["accurate"]["refine"]
-    config = replace(config, score="mass", pool="mean", refine=refine)
+    known: dict[str, Any] = {
+        "refine": refine or config.refine or PRESETS["accurate"]["refine"],
+        "q_stride": q_stride or config.q_stride,
+        "rows": rows or config.rows,
+    }
+    config = replace(config, score="mass", pool="mean", **known)
     chosen = choose_keys(q, k, config, scale=scale, softcap=softcap, chunks=chunks)
     return chosen.runs, chosen.num_runs
 
@@ -225,7 +230,7 @@ def coverage(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """As many keys as it takes to reach `share` of the estimated attention mass; config.budget is the cap.
 
-    The first `refine` times the cap's keys, by chunk_mass, are weighed one by one for every q_stride-th row; what the
+    The first `refine` times the cap's keys, by chunk_mass, are weighed one by one for the config's rows; what the
     other keys weigh is taken from their chunks' means, which hide sharp keys: the true share is a little lower.
     """
     if not 0 < share <= 1:
@@ -234,7 +239,7 @@ def coverage(
     chunks = cut_chunks(k, config) if chunks is None else chunks
     k_mean = ops.chunk_pool(k, *chunks, heads, "mean")
     scores, row_lse = ops.chunk_mass(
-        q, k_mean, *chunks, seqlen_k, config.q_block, config.q_stride, scale=scale, softcap=softcap
+        q, k_mean, *chunks, seqlen_k, config.q_block, config.q_stride, rows=config.rows, scale=scale, softcap=softcap
     )
     wide, num_wide = select(scores, chunks, q, k, replace(config, budget=refine * config.budget))
     ends, whole = block_ends(q, k, config.q_block).tolist(), dense_blocks(q, config).tolist()
@@ -247,7 +252,9 @@ def coverage(
                 kept[b, :, j, : max(end, 0)] = True
                 continue
             positions = torch.arange(end - 1, max(begin, 0) - 1, -config.q_stride, device=q.device)
-            rows = q[b, :, positions - (seqlen_k - seqlen_q)].float().unflatten(0, (heads, -1))
+            block = begin - (seqlen_k - seqlen_q), end - 1 - (seqlen_k - seqlen_q)  # its first and last query
+            rows = reference._block_rows(q[b], *block, config.q_stride, config.rows)[:, : len(positions)]
+            rows = rows.float().unflatten(0, (heads, -1))
             lse = row_lse[b, :, j, : len(positions)].unflatten(0, (heads, -1))
             block_scores = scores[b : b + 1, :, j : j + 1].contiguous()
             by_chunk = ops.token_scores(block_scores, *one, seqlen_k)[0, :, 0, :end].clamp(min=0)

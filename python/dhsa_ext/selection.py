@@ -70,18 +70,19 @@ def choose_keys(
     if config.score == "mass":
         k_mean = ops.chunk_pool(k, offsets, num_chunks, heads, "mean")
         chunk_scores, row_lse = ops.chunk_mass(
-            q, k_mean, offsets, num_chunks, seqlen_k, config.q_block, config.q_stride, scale=scale, softcap=softcap
-        )
+            q, k_mean, offsets, num_chunks, seqlen_k, config.q_block, config.q_stride,
+            rows=config.rows, scale=scale, softcap=softcap,
+        )  # fmt: skip
     else:
         k_pooled = ops.chunk_pool(k, offsets, num_chunks, heads, config.pool)
         chunk_scores = ops.chunk_scores(ops.query_pool(q, heads, config.q_block), k_pooled)
     sink, local = min(config.sink, seqlen_k), min(config.local, seqlen_k)
     min_chunk = config.nms_radius + 1 if chunks is None and not config.segment else 1
-    if config.refine:
+    if refine := config.refine_over(seqlen_k):
         runs, num_runs = ops.refine_keys(
-            q, k, chunk_scores, row_lse, offsets, num_chunks, config.q_block, config.budget, config.refine,
-            sink=sink, local=local, dense_tail=config.dense_tail, q_stride=config.q_stride, scale=scale,
-            softcap=softcap,
+            q, k, chunk_scores, row_lse, offsets, num_chunks, config.q_block, config.budget, refine,
+            sink=sink, local=local, dense_tail=config.dense_tail, q_stride=config.q_stride, rows=config.rows,
+            scale=scale, softcap=softcap,
         )  # fmt: skip
     else:
         runs, num_runs = ops.select_keys(
