@@ -126,8 +126,8 @@ __global__ void __launch_bounds__(kThreads) cut_kernel(CutParams p) {
     const int sample = row % m.sampled.samples, q_head = s * m.list_heads + row / m.sampled.samples;
     float dot = 0;
     if (m.sampled.used(block, sample)) {
-      const T* q = static_cast<const T*>(m.q) + batch * m.q_batch + q_head * m.q_head +
-                   m.sampled.query(block, sample) * m.q_token;
+      const T* q =
+          static_cast<const T*>(m.q) + batch * m.q_batch + q_head * m.q_head + m.sampled.row(block, sample) * m.q_token;
       for (int d = lane_id(); d < p.head_dim; d += 32) dot += to_float(q[d]) * parts[0][d];
     }
     const float z = logit2(warp_sum(dot), m.scale, m.softcap);
@@ -142,20 +142,21 @@ bool takes_tiles(const ChunkMass& x) {
   return x.q.dtype != DType::kFloat32 && rows >= kFewRows && !x.cache_seqlens.given();
 }
 
-MassParams mass_params(const ChunkMass& x, const Slab& slab) {
+MassParams mass_params(const ChunkMass& x, const Slab& slab, const void* row_means = nullptr) {
   const auto clamp = [](int64_t n) { return static_cast<int>(std::min<int64_t>(n, INT32_MAX / 2)); };
   MassParams p = {};
   p.q = x.q.data, p.q_batch = x.q.stride[0], p.q_head = x.q.stride[1], p.q_token = x.q.stride[2];
   p.offsets = x.offsets.as<int>(), p.num_chunks = x.num_chunks.as<int>();
   p.scores = x.scores.as<float>(), p.row_lse = x.row_lse.as<float>();
   p.cache_seqlens = x.cache_seqlens.given() ? x.cache_seqlens.as<int>() : nullptr;
-  p.sampled = {clamp(x.q.shape[2]), clamp(x.q_block), clamp(x.q_stride), clamp(x.row_lse.shape[3])};
+  p.sampled = sampled_rows(x.q.shape[2], x.q_block, x.q_stride);
   p.seqlen_q = clamp(x.q.shape[2]), p.seqlen_k = clamp(x.seqlen_k), p.window = clamp(x.softmax.window);
   p.capacity = clamp(x.k_mean.shape[2]), p.heads = clamp(x.q.shape[1]), p.selection_heads = clamp(x.k_mean.shape[1]);
   p.list_heads = p.heads / std::max(p.selection_heads, 1), p.query_blocks = clamp(x.row_lse.shape[2]);
   p.first_pair = clamp(slab.first_pair), p.first_block = clamp(slab.first_block);
   p.blocks = clamp(slab.blocks), p.pairs = clamp(slab.pairs);
   p.scale = x.softmax.scale, p.softcap = x.softmax.softcap;
+  if (x.rows == QueryRows::kMean) read_row_means(p, row_means, x.q.shape[1], p.query_blocks, x.q.shape[3]);
   return p;
 }
 
@@ -172,8 +173,10 @@ Cuts layout_cuts(const MassParams& p, bool strict, Arena& arena) {
   return {arena.take<int2>(lists), arena.take<float>(lists * p.rows())};
 }
 
-// What serves the whole call: its means, and what wgmma's kernels keep from the logsumexp to the last slab.
+// What serves the whole call: its rows, its chunks' means, and what wgmma's kernels keep from the logsumexp to the last
+// slab.
 struct CallMemory {
+  char* row_means = nullptr;
   MassMeans means;
   Cuts cuts;
   char* wgmma = nullptr;
@@ -181,6 +184,7 @@ struct CallMemory {
 
 CallMemory layout_call(const ChunkMass& x, bool strict, Arena& arena) {
   CallMemory call;
+  if (x.rows == QueryRows::kMean) call.row_means = arena.take<char>(row_means_bytes(x.q, x.q_block, x.q_stride));
   call.means.means = x.k_mean.as<float>();
   if (!takes_tiles(x)) return call;
   const int64_t columns = x.k_mean.shape[0] * x.k_mean.shape[1] * mass_pitch(x.k_mean.shape[2]);
@@ -237,6 +241,10 @@ int64_t mass_means_bytes(const ChunkMass& x, bool strict) {
 cudaError_t run_mass_means(const ChunkMass& x, void* memory, cudaStream_t stream, const Tensor* strict_k) {
   Arena arena(memory);
   const CallMemory call = layout_call(x, strict_k != nullptr, arena);
+  if (x.rows == QueryRows::kMean) {
+    const cudaError_t error = run_row_means(x.q, x.q_block, x.q_stride, call.row_means, stream);
+    if (error != cudaSuccess) return error;
+  }
   if (!takes_tiles(x)) return cudaSuccess;
   const bool wgmma = mass_uses_wgmma();
   SplitParams p = {};
@@ -255,13 +263,18 @@ cudaError_t run_mass_means(const ChunkMass& x, void* memory, cudaStream_t stream
   }
   cudaError_t error = cudaGetLastError();
   if (error != cudaSuccess || !wgmma) return error;
-  MassParams mass = mass_params(x, whole_call(x));
+  MassParams mass = mass_params(x, whole_call(x), call.row_means);
   if (strict_k != nullptr) {
     error = run_cut(*strict_k, mass, call.cuts, stream);
     if (error != cudaSuccess) return error;
     mass.cut = {call.cuts.chunks, call.cuts.logits};
   }
   return run_mass_wgmma(MassStep::kLse, mass, mass.pairs, call.means, x.q.dtype, p.head_dim, call.wgmma, stream);
+}
+
+const void* mass_row_means(const ChunkMass& x, void* memory) {
+  Arena arena(memory);
+  return layout_call(x, false, arena).row_means;
 }
 
 int64_t mass_scratch_bytes(const ChunkMass& x, const Slab& slab, bool strict) {
@@ -276,7 +289,7 @@ cudaError_t run_chunk_mass(const ChunkMass& x, const Tensor* strict_k, void* mea
   const CallMemory call = layout_call(x, strict_k != nullptr, call_arena);
   const SlabScratch scratch = layout_slab(x, slab, strict_k != nullptr, arena);
   const int head_dim = static_cast<int>(x.q.shape[3]);
-  MassParams p = mass_params(x, slab);
+  MassParams p = mass_params(x, slab, call.row_means);
   if (takes_tiles(x) && mass_uses_wgmma()) {
     if (strict_k != nullptr) p.cut = {call.cuts.chunks, call.cuts.logits};
     const int all_pairs = static_cast<int>(whole_call(x).pairs);

@@ -31,7 +31,7 @@ __device__ float query_element(const RowParams& p, int pair, int block, int row,
   const int sample = row % p.sampled.samples, head = pair % p.selection_heads * p.list_heads + row / p.sampled.samples;
   if (!p.sampled.used(block, sample)) return 0.0f;
   return to_float(static_cast<const T*>(
-      p.q)[pair / p.selection_heads * p.q_batch + head * p.q_head + p.sampled.query(block, sample) * p.q_token + d]);
+      p.q)[pair / p.selection_heads * p.q_batch + head * p.q_head + p.sampled.row(block, sample) * p.q_token + d]);
 }
 
 template <class T>

@@ -123,7 +123,7 @@ __device__ unsigned load_rows(const TileParams& p, const RowTile& tile,
       const T* row = static_cast<const T*>(p.q);
       if (used) {
         row += batch * p.q_batch + (first_head + slot.row / p.sampled.samples) * p.q_head +
-               p.sampled.query(block, sample) * p.q_token;
+               p.sampled.row(block, sample) * p.q_token;
       }
       bool finite = used;
 #pragma unroll

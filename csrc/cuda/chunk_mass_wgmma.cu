@@ -7,9 +7,11 @@
 // that a lane has two chunks and 32 rows. Sums over a block's rows (scores) are then additions inside a lane and two
 // shuffles, sums over chunks (logsumexp) one accumulator a row until the end, and what a chunk needs (the factor of its
 // logits, its length) sits in registers. Two warpgroups take 128 rows each of the same chunks. Each has two
-// accumulators and issues the next product before it takes this one's exponentials, so that the tensor cores have work
-// meanwhile: 1,024 cycles of theirs a tile and warpgroup against 512 of the exponentials' unit (head_dim 128). A tile
-// of 64 chunks lies in memory as it does in shared memory, both halves of the means, and comes by one bulk copy.
+// accumulators and issues the next product before it takes this one's exponentials: 1,024 cycles of the tensor cores a
+// tile and warpgroup against 512 of the exponentials' unit (head_dim 128). A warp that issues products stands still
+// while the tensor cores are busy with the other group's, so the groups take turns: one multiplies, the other
+// exponentiates. A tile of 64 chunks lies in memory as it does in shared memory, both halves of the means, and comes by
+// one bulk copy.
 //
 // exp(z - reference) needs a reference near the row's logits, not their maximum: 2^30 over the logit of one chunk. A
 // row whose sum shows that this was no good guess (float32 reaches 2^126 either way), or whose products overflow, sends
@@ -39,6 +41,7 @@ namespace {
 
 constexpr int kGroups = 2;  // warpgroups
 constexpr int kThreads = 128 * kGroups;
+constexpr int kTurnBarrier = 2;                        // + warpgroup: it may issue its products
 constexpr int kFewTiles = 512, kLeastSplit = 512;      // chunks are split until there are so many thread blocks
 constexpr float kLowest = -1e30f;                      // finite, so that a row with no chunk has differences of 0
 constexpr float kAbove = 30;                           // of the reference over the logit that it was taken from
@@ -141,7 +144,7 @@ __device__ void load_rows(const WgmmaParams& p, const RowTile& tile, char* rows,
     const bool used = at.block >= 0 && p.sampled.used(block, sample);
     const int head = tile.pair % p.selection_heads * p.list_heads + at.row / p.sampled.samples;
     shared.row_at[slot] =
-        used ? tile.pair / p.selection_heads * p.q_batch + head * p.q_head + p.sampled.query(block, sample) * p.q_token
+        used ? tile.pair / p.selection_heads * p.q_batch + head * p.q_head + p.sampled.row(block, sample) * p.q_token
              : -1;
     shared.dead[slot] = !used;
   }
@@ -279,6 +282,7 @@ __device__ inline void walk_chunks(const WgmmaParams& p, int pair, int first, in
   // Tiles on their way or in use. A stage is filled again once a tile has passed since this warp left it, so that the
   // loading thread does not wait for the others, or at once where there are only two.
   constexpr int kAhead = C::kStages > 2 ? C::kStages - 1 : C::kStages;
+  const int group = uniform(threadIdx.x / 128);
   float acc[2][C::kAcc];
   LaneChunks lane_chunks[2];
   uint32_t empty[2];
@@ -291,7 +295,9 @@ __device__ inline void walk_chunks(const WgmmaParams& p, int pair, int first, in
   const auto issue = [&](int side) {
     const uint32_t stage = smem + rings.use.stage * C::kStageBytes;
     barrier_wait(smem_address(&shared.full[rings.use.stage]), rings.use.parity);
+    named_barrier_sync(kTurnBarrier + group, kThreads);
     issue_product<T, C>(stage, rows, acc[side]);
+    named_barrier_arrive(kTurnBarrier + (group ^ 1), kThreads);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       float log_tokens;
@@ -484,6 +490,7 @@ __device__ inline void reduce_rows(const WgmmaParams& p, const RowTile& tile, in
 
 template <class C>
 __device__ void init_barriers(typename C::Shared& shared) {
+  if (threadIdx.x / 128 == 1) named_barrier_arrive(kTurnBarrier, kThreads);  // the first warpgroup's turn
   if (threadIdx.x > 0) return;
   for (int stage = 0; stage < C::kStages; ++stage) {
     barrier_init(smem_address(&shared.full[stage]), 1);
@@ -722,8 +729,10 @@ template <class T, class C>
 cudaError_t launch_scores(const WgmmaParams& p, cudaStream_t stream) {
   const dim3 grid(p.row_tiles / p.parts, p.score_splits, p.pairs);
   if (p.softcap > 0) return launch<C>(score_kernel<T, C::kHeadDim, true, 0>, p, grid, stream);
-  return launch<C>(p.octets == 4 ? score_kernel<T, C::kHeadDim, false, 4> : score_kernel<T, C::kHeadDim, false, 0>, p,
-                   grid, stream);
+  const auto kernel = p.octets == 2   ? score_kernel<T, C::kHeadDim, false, 2>
+                      : p.octets == 4 ? score_kernel<T, C::kHeadDim, false, 4>
+                                      : score_kernel<T, C::kHeadDim, false, 0>;
+  return launch<C>(kernel, p, grid, stream);
 }
 
 }  // namespace

@@ -96,7 +96,8 @@ void plan_mass(const SparsePrefill& x, Plan& plan, Arena& arena) {
   ChunkMass& mass = plan.mass;
   mass.q = x.q, mass.k_mean = plan.chunk_pool.pooled;
   mass.offsets = plan.select.offsets, mass.num_chunks = plan.select.num_chunks;
-  mass.seqlen_k = x.k.shape[2], mass.q_block = x.q_block, mass.q_stride = x.q_stride, mass.softmax = x.softmax;
+  mass.seqlen_k = x.k.shape[2], mass.q_block = x.q_block, mass.q_stride = x.q_stride, mass.rows = x.rows;
+  mass.softmax = x.softmax;
   mass.softmax.window = x.choice.window;
   mass.scores = plan.select.chunk_scores;
   mass.row_lse = contiguous(arena.take<float>(batch * query_heads * plan.query_blocks * samples), DType::kFloat32,
@@ -109,6 +110,7 @@ void plan_refine(const SparsePrefill& x, Plan& plan) {
   refine.q = x.q, refine.k = x.k, refine.chunk_scores = plan.select.chunk_scores, refine.row_lse = plan.mass.row_lse;
   refine.offsets = plan.select.offsets, refine.num_chunks = plan.select.num_chunks;
   refine.q_block = x.q_block, refine.refine = x.refine, refine.q_stride = x.q_stride;
+  refine.rows = x.rows;
   refine.choice = plan.select.choice, refine.softmax = x.softmax;
   refine.runs = plan.select.runs, refine.num_runs = plan.select.num_runs;
 }
@@ -246,7 +248,8 @@ cudaError_t run_slab(const SparsePrefill& x, const Plan& plan, const Slab& slab,
   if (x.refine > 0) {
     RefineKeys refine = plan.refine;
     refine.chunk_scores.data = plan.slab_scores;
-    return run_refine_keys(refine, plan.query_pool.pooled.as<float>(), plan.refine_scratch, slab, stream);
+    const void* row_means = refine.row_lse.given() ? mass_row_means(plan.mass, plan.means) : nullptr;
+    return run_refine_keys(refine, plan.query_pool.pooled.as<float>(), row_means, plan.refine_scratch, slab, stream);
   }
   SelectKeys select = plan.select;
   select.chunk_scores.data = plan.slab_scores;

@@ -14,7 +14,6 @@
 #include "cuda/device/chunk_selection.h"
 #include "cuda/launch.h"
 #include "cuda/refine.h"
-#include "cuda/refine_select.h"
 #include "cuda/router.h"
 
 namespace dhsa::cuda {
@@ -24,11 +23,10 @@ namespace {
 // memory.
 constexpr int kCoarseThreads = 512, kChunkKeys = 16;
 constexpr int kThreads = kRefineThreads, kWarps = kThreads / 32, kListKeys = 16;
-constexpr int kBatch = 8;  // loads of a thread in flight
 
 struct CoarseShared {
   SelectionShared<kCoarseThreads> selection;
-  RegisterSelect<kCoarseThreads, kChunkKeys>::Shared chosen;
+  FewChunks<kCoarseThreads, kChunkKeys> few;
   int bounds[2];
 };
 
@@ -39,45 +37,6 @@ struct Shared {
 };
 
 // --- Coarse: the short list ------------------------------------------------------------------------------------------
-
-// Chooses among chunks [first, first + n), n <= kCoarseThreads * kChunkKeys, with their keys in registers, and leaves
-// the words of above and equal that ChunkSelection::vote would: two trips to memory instead of one for each of a
-// thread's chunks. False, and nothing done, where a chunk is too long for 16 bits.
-__device__ bool choose_chunks(ChunkSelection<kCoarseThreads>& selection, int first, int n, CoarseShared& shared) {
-  using Select = RegisterSelect<kCoarseThreads, kChunkKeys>;
-  uint32_t key[kChunkKeys], weights[kChunkKeys / 2];
-  int longest = 0;
-#pragma unroll
-  for (int batch = 0; batch < kChunkKeys; batch += kBatch) {
-    float score[kBatch];
-    int tokens[kBatch];
-#pragma unroll
-    for (int j = 0; j < kBatch; ++j) {
-      const int i = (batch + j) * kCoarseThreads + static_cast<int>(threadIdx.x);
-      score[j] = i < n ? __ldg(selection.scores + first + i) : 0.0f;
-      tokens[j] = i < n ? selection.free_tokens(first + i) : 0;
-    }
-#pragma unroll
-    for (int j = 0; j < kBatch; j += 2) {
-      key[batch + j] = tokens[j] > 0 ? order_key(score[j]) : 0;
-      key[batch + j + 1] = tokens[j + 1] > 0 ? order_key(score[j + 1]) : 0;
-      weights[(batch + j) / 2] = tokens[j] | tokens[j + 1] << 16;
-      longest = max(longest, max(tokens[j], tokens[j + 1]));
-    }
-  }
-  if (__syncthreads_or(longest > 0xffff)) return false;
-  selection.cutoff = Select{shared.selection.select, shared.chosen}.select(
-      key, selection.keys.want, [&](int j) { return static_cast<int>(weights[j / 2] >> j % 2 * 16 & 0xffff); });
-#pragma unroll
-  for (int j = 0; j < kChunkKeys; ++j) {
-    const uint32_t above = __ballot_sync(kFullWarp, key[j] > selection.cutoff.key);
-    const uint32_t equal = __ballot_sync(kFullWarp, key[j] != 0 && key[j] == selection.cutoff.key);
-    const int word = j * (kCoarseThreads / 32) + warp_id();
-    if (lane_id() == 0) shared.selection.above[word] = above, shared.selection.equal[word] = equal;
-  }
-  __syncthreads();
-  return true;
-}
 
 // A kept chunk: its keys [begin, begin + tokens) are entries [at, at + tokens) of the short list.
 struct KeptChunk {
@@ -101,14 +60,12 @@ __device__ int coarse_list(const Candidates& keys, int want, const Chunks& chunk
   Candidates short_keys = keys;
   short_keys.want = want;
   ChunkSelection<kCoarseThreads> selection = {short_keys, chunks, scores, shared.selection};
-  const bool in_registers =
-      want > 0 && last - first <= kCoarseThreads * kChunkKeys && choose_chunks(selection, first, last - first, shared);
-  if (!in_registers) selection.choose(first, last);
+  if (!selection.choose_from_registers(first, last, shared.few, [] {})) selection.choose(first, last);
   constexpr int kRoom = RadixSelect<kCoarseThreads>::kBins * 4 / static_cast<int>(sizeof(KeptChunk));
   KeptChunk* kept_chunks = reinterpret_cast<KeptChunk*>(shared.selection.select.histogram);
   int ties_used = 0, count = 0;
   for (int tile = first; tile < last; tile += kChunkWords * 32) {
-    if (!in_registers) selection.vote(tile, last);
+    selection.vote(tile, last);
     ChunkWord word = selection.decide(tile, ties_used);
     const int word_first = tile + static_cast<int>(threadIdx.x) * 32;
     const auto taken = [&](int bit) {
@@ -379,6 +336,8 @@ int64_t short_list_limit(const RefineKeys& x) {
   return std::max<int64_t>(1, x.choice.budget >= seqlen_k / x.refine ? seqlen_k : x.choice.budget * x.refine);
 }
 
+bool reads_means(const RefineKeys& x) { return x.rows == QueryRows::kMean && x.row_lse.given(); }
+
 // Lists of a launch: as many as the scratch holds, or the same share each if it takes several.
 int64_t lists_at_once(const RefineKeys& x, int64_t lists) {
   const int64_t most = std::max<int64_t>(kScratchBytes / Shortlist::bytes(short_list_limit(x)), 128);
@@ -387,6 +346,7 @@ int64_t lists_at_once(const RefineKeys& x, int64_t lists) {
 
 struct Workspace {
   QueryPool pool;
+  char* row_means = nullptr;
   char* scratch;
   int64_t bytes;
 };
@@ -400,6 +360,7 @@ Workspace layout(const RefineKeys& x, void* memory) {
     w.pool.pooled = contiguous(arena.take<float>(batch * lists * blocks * x.q.shape[3]), DType::kFloat32, batch, lists,
                                blocks, x.q.shape[3]);
   }
+  if (reads_means(x)) w.row_means = arena.take<char>(row_means_bytes(x.q, x.q_block, x.q_stride));
   w.scratch = arena.take<char>(refine_scratch_bytes(x, batch * lists * blocks));
   w.bytes = arena.used();
   return w;
@@ -411,8 +372,8 @@ int64_t refine_scratch_bytes(const RefineKeys& x, int64_t lists) {
   return lists_at_once(x, lists) * Shortlist::bytes(short_list_limit(x));
 }
 
-cudaError_t run_refine_keys(const RefineKeys& x, const float* q_pooled, void* scratch, const Slab& slab,
-                            cudaStream_t stream) {
+cudaError_t run_refine_keys(const RefineKeys& x, const float* q_pooled, const void* row_means, void* scratch,
+                            const Slab& slab, cudaStream_t stream) {
   const auto clamp = [](int64_t n) { return static_cast<int>(std::min<int64_t>(n, INT32_MAX / 2)); };
   const int64_t heads = x.q.shape[1], heads_kv = x.k.shape[1], selection_heads = x.runs.shape[1];
   RefineParams p = {};
@@ -427,7 +388,8 @@ cudaError_t run_refine_keys(const RefineKeys& x, const float* q_pooled, void* sc
   p.rules = {clamp(x.q.shape[2]),  clamp(x.k.shape[2]),   clamp(x.q_block),       clamp(x.choice.budget),
              clamp(x.choice.sink), clamp(x.choice.local), clamp(x.choice.window), clamp(x.choice.dense_tail)};
   p.rules.cache_seqlens = x.cache_seqlens.given() ? x.cache_seqlens.as<int>() : nullptr;
-  p.sampled = {p.rules.seqlen_q, p.rules.q_block, clamp(x.q_stride), clamp(ceil_div(x.q_block, x.q_stride))};
+  p.sampled = sampled_rows(x.q.shape[2], x.q_block, x.q_stride);
+  if (reads_means(x)) read_row_means(p, row_means, heads, x.runs.shape[2], x.q.shape[3]);
   p.refine = clamp(x.refine), p.capacity = clamp(x.chunk_scores.shape[3]), p.run_capacity = clamp(x.runs.shape[3]);
   p.query_blocks = clamp(x.runs.shape[2]), p.selection_heads = clamp(selection_heads);
   p.heads = clamp(heads), p.heads_kv = clamp(heads_kv);
@@ -459,7 +421,11 @@ cudaError_t run(const RefineKeys& x, void* workspace, cudaStream_t stream) {
     const cudaError_t error = run(w.pool, nullptr, stream);
     if (error != cudaSuccess) return error;
   }
-  return run_refine_keys(x, w.pool.pooled.as<float>(), w.scratch, all, stream);
+  if (reads_means(x)) {
+    const cudaError_t error = run_row_means(x.q, x.q_block, x.q_stride, w.row_means, stream);
+    if (error != cudaSuccess) return error;
+  }
+  return run_refine_keys(x, w.pool.pooled.as<float>(), w.row_means, w.scratch, all, stream);
 }
 
 }  // namespace dhsa::cuda

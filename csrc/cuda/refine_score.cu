@@ -52,9 +52,9 @@ struct Rows {  // of one KV head's group of query heads
 
 template <class T>
 __device__ const T* row_of(const RefineParams& p, const Rows& rows, int u) {
-  const int query = max(p.sampled.query(rows.block, u % p.sampled.samples), 0);
+  const int row = max(p.sampled.row(rows.block, u % p.sampled.samples), 0);
   return static_cast<const T*>(p.q) + rows.batch * p.q_batch + (rows.first_head + u / p.sampled.samples) * p.q_head +
-         query * p.q_token;
+         row * p.q_token;
 }
 
 __device__ inline bool row_used(const RefineParams& p, const Rows& rows, int u) {

@@ -35,14 +35,20 @@ cudaError_t run_select_keys(const SelectKeys& x, const Slab&, cudaStream_t, bool
 // once a call; on sm_90a it takes the logsumexp of all rows too. Scores of chunks that hold no candidate of any block
 // near by may be left unwritten.
 int64_t mass_means_bytes(const ChunkMass& x, bool strict = false);
+const void* mass_row_means(const ChunkMass& x, void* means);  // the rows of QueryRows::kMean there, or null
 cudaError_t run_mass_means(const ChunkMass& x, void* means, cudaStream_t stream, const Tensor* strict_k = nullptr);
 int64_t mass_scratch_bytes(const ChunkMass& x, const Slab&, bool strict);
 cudaError_t run_chunk_mass(const ChunkMass& x, const Tensor* strict_k, void* means, void* scratch, const Slab&,
                            cudaStream_t stream);
 
-// refine_keys over the slab, in the same way; q_pooled [B, S, nQ, D] where x.row_lse is not given. Its scratch serves
-// slabs of up to `lists` lists.
+// refine_keys over the slab, in the same way; q_pooled [B, S, nQ, D] where x.row_lse is not given, row_means for
+// QueryRows::kMean where it is. Its scratch serves slabs of up to `lists` lists.
 int64_t refine_scratch_bytes(const RefineKeys& x, int64_t lists);
-cudaError_t run_refine_keys(const RefineKeys& x, const float* q_pooled, void* scratch, const Slab&, cudaStream_t);
+cudaError_t run_refine_keys(const RefineKeys& x, const float* q_pooled, const void* row_means, void* scratch,
+                            const Slab&, cudaStream_t);
+
+// rows [B, H, nQ, ceil(q_block / q_stride), D] of q's type: QueryRows::kMean.
+int64_t row_means_bytes(const Tensor& q, int64_t q_block, int64_t q_stride);
+cudaError_t run_row_means(const Tensor& q, int64_t q_block, int64_t q_stride, void* rows, cudaStream_t);
 
 }  // namespace dhsa::cuda

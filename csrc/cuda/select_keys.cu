@@ -39,11 +39,22 @@ struct RunWriter {
   }
 };
 
+constexpr int kFewThreads = 1024, kFewKeys = 8;  // where lists are few: 8,192 chunks are chosen among in registers
+
 template <int kThreads>
 struct Shared {
   SelectionShared<kThreads> selection;
   unsigned warp_state[kThreads / 32];
   int last[2];
+};
+
+template <>
+struct Shared<kFewThreads> {
+  SelectionShared<kFewThreads> selection;
+  FewChunks<kFewThreads, kFewKeys> few;
+  unsigned warp_state[kFewThreads / 32];
+  int last[2];
+  int take;  // of the divided chunk
 };
 
 // Writes the runs of a finished selection.
@@ -84,6 +95,29 @@ struct RunList {
     return events;
   }
 
+  // The events of the only tile, a lane a chunk: events crowd in a few words, whose threads would write one after the
+  // other. `event` is the word's first.
+  __device__ void write_from_lanes(int tile, const ChunkWord& word, uint32_t toggled, int event, int total,
+                                   const RunWriter& out) {
+    SelectionShared<kThreads>& words = shared.selection;  // this thread's word has been read
+    if (threadIdx.x < kChunkWords) {
+      words.above[threadIdx.x] = toggled, words.equal[threadIdx.x] = word.divided;
+      words.present[threadIdx.x] = static_cast<uint32_t>(event);
+      if (word.divided != 0) shared.take = word.take;
+    }
+    __syncthreads();
+    const uint32_t mine = 1u << lane_id();
+#pragma unroll 4
+    for (int w = warp_id(); w < kChunkWords; w += kThreads / 32) {
+      const uint32_t on_or_off = words.above[w], divided = words.equal[w];
+      if (((on_or_off | divided) & mine) == 0) continue;
+      const int begin = selection.free_begin(tile + w * 32 + lane_id());
+      int at = static_cast<int>(words.present[w]) + __popc(on_or_off & (mine - 1)) + __popc(divided & (mine - 1));
+      if (on_or_off & mine) out.write(at++, begin, total);
+      if (divided & mine) out.write(at, begin + shared.take, total);
+    }
+  }
+
   // Writes the runs of the chunks [first, last) and of the forced keys around them; returns the number of runs.
   __device__ int write(int first, int last, const RunWriter& out) {
     const Candidates& keys = selection.keys;
@@ -97,6 +131,12 @@ struct RunList {
       int total;
       int event = events + shared.selection.select.scan.exclusive_sum(__popc(toggled) + (word.divided != 0), &total);
       events += total;
+      if constexpr (kThreads == kFewThreads) {
+        if (selection.voted) {
+          write_from_lanes(tile, word, toggled, event, events, out);
+          continue;
+        }
+      }
       for (uint32_t bits = toggled | word.divided; bits != 0; bits &= bits - 1) {
         const uint32_t bit = bits & (0u - bits);
         const int begin = selection.free_begin(tile + static_cast<int>(threadIdx.x) * 32 + __ffs(bits) - 1);
@@ -137,9 +177,9 @@ __global__ void __launch_bounds__(kThreads, 1024 / kThreads) select_keys_kernel(
     if (lane_id() == 0) shared.last[warp_id()] = bound;
   }
   let_next_begin();
-  wait_for_previous();
   int count;
   if (keys.all_kept()) {
+    wait_for_previous();
     count = keys.begin < keys.end;
     if (count > 0 && threadIdx.x == 0) out.write(0, keys.begin, 2), out.write(1, keys.end, 2);
   } else {
@@ -147,7 +187,15 @@ __global__ void __launch_bounds__(kThreads, 1024 / kThreads) select_keys_kernel(
     const int first = max(shared.last[0] - 1, 0), last = min(shared.last[1], chunks.count);
     __syncthreads();
     ChunkSelection<kThreads> selection = {keys, chunks, p.scores + slab_row * p.capacity, shared.selection};
-    selection.choose(first, last);
+    if constexpr (kThreads == kFewThreads) {
+      const auto scores_are_there = [] { wait_for_previous(); };
+      if (!selection.choose_from_registers(first, last, shared.few, scores_are_there)) {
+        selection.choose(first, last);
+      }
+    } else {
+      wait_for_previous();
+      selection.choose(first, last);
+    }
     count = RunList<kThreads>{selection, shared}.write(first, last, out);
   }
   if (threadIdx.x == 0) {
@@ -183,7 +231,7 @@ cudaError_t run_select_keys(const SelectKeys& x, const Slab& slab, cudaStream_t 
     kernel<<<lists, threads, 0, stream>>>(p);
     return cudaGetLastError();
   };
-  return lists <= 128 ? launch(select_keys_kernel<1024>, 1024) : launch(select_keys_kernel<256>, 256);
+  return lists <= 128 ? launch(select_keys_kernel<kFewThreads>, kFewThreads) : launch(select_keys_kernel<256>, 256);
 }
 
 int64_t workspace_bytes(const SelectKeys&) { return 0; }

@@ -4,6 +4,7 @@
 // small: shapes for compute-sanitizer; profile: one call of each stage, for ncu
 #include <set>
 
+#include "core/half.h"
 #include "cuda/router.h"
 #include "router_reference.h"
 
@@ -16,13 +17,14 @@ struct Shape {
   int64_t batch, heads, heads_kv, lists, seqlen_q, seqlen_k, dim, q_block, q_stride;
   int64_t window = 0;
   float softcap = 0;
+  QueryRows rows = QueryRows::kSample;
 };
 
 std::string name_of(const Shape& s, DType dtype) {
   char text[200];
-  std::snprintf(text, sizeof(text), "B%ld H%ld/%ld S%ld L%ld/%ld D%ld q_block %ld/%ld window %ld softcap %g dtype %d",
-                s.batch, s.heads, s.heads_kv, s.lists, s.seqlen_q, s.seqlen_k, s.dim, s.q_block, s.q_stride, s.window,
-                s.softcap, static_cast<int>(dtype));
+  std::snprintf(text, sizeof(text), "B%ld H%ld/%ld S%ld L%ld/%ld D%ld q_block %ld/%ld%s window %ld softcap %g dtype %d",
+                s.batch, s.heads, s.heads_kv, s.lists, s.seqlen_q, s.seqlen_k, s.dim, s.q_block, s.q_stride,
+                s.rows == QueryRows::kMean ? " means" : "", s.window, s.softcap, static_cast<int>(dtype));
   return text;
 }
 
@@ -61,12 +63,29 @@ struct Problem {
     d_offsets.set(offsets), d_counts.set(counts), d_means.set(means);
     mass.q = q.view, mass.k_mean = d_means.view, mass.offsets = d_offsets.view, mass.num_chunks = d_counts.view;
     mass.seqlen_k = s.seqlen_k, mass.q_block = s.q_block, mass.q_stride = s.q_stride;
+    mass.rows = s.rows;
     mass.softmax = {static_cast<float>(1 / std::sqrt(static_cast<double>(s.dim))), s.softcap, s.window};
     mass.scores = scores.view, mass.row_lse = row_lse.view;
   }
   int64_t p0(int64_t block) const { return shape.seqlen_k - shape.seqlen_q + block * shape.q_block; }
   int64_t last_query(int64_t block) const { return std::min(shape.seqlen_q, (block + 1) * shape.q_block) - 1; }
   int64_t p1(int64_t block) const { return shape.seqlen_k - shape.seqlen_q + last_query(block); }
+  // Row i of block j, counted back from its last; empty: the block has none.
+  std::vector<double> row(int64_t b, int64_t h, int64_t j, int64_t i) const {
+    const int64_t last = last_query(j) - i * shape.q_stride, begin = j * shape.q_block;
+    if (last < begin) return {};
+    const int64_t first = shape.rows == QueryRows::kMean ? std::max(last - shape.q_stride + 1, begin) : last;
+    std::vector<double> row(shape.dim);
+    for (int64_t d = 0; d < shape.dim; ++d) {
+      float sum = 0;
+      for (int64_t query = first; query <= last; ++query) sum += static_cast<float>(q.at(b, h, query, d));
+      const float mean = sum / static_cast<float>(last - first + 1);
+      row[d] = dtype == DType::kFloat16    ? float_from_half(half_from_float(mean))
+               : dtype == DType::kBFloat16 ? float_from_bfloat16(bfloat16_from_float(mean))
+                                           : mean;
+    }
+    return row;
+  }
   double logit(double dot) const {
     const double s = mass.softmax.scale * dot;
     return shape.softcap > 0 ? shape.softcap * std::tanh(s / shape.softcap) : s;
@@ -97,13 +116,13 @@ void reference_mass(const Problem& x, bool strict, std::vector<double>* scores, 
         double* out = scores->data() + ((b * s.lists + list) * x.blocks + j) * x.capacity;
         for (int64_t h = list * per_list; h < (list + 1) * per_list; ++h)
           for (int64_t i = 0; i < x.samples; ++i) {
-            const int64_t query = x.last_query(j) - i * s.q_stride;
-            if (query < j * s.q_block) continue;
+            const std::vector<double> row = x.row(b, h, j, i);
+            if (row.empty()) continue;
             ++rows;
             double top = kMinusInf, sum = 0;
             for (int c = 0; c < x.counts[b]; ++c) {
               double dot = 0;
-              for (int64_t d = 0; d < s.dim; ++d) dot += x.q.at(b, h, query, d) * means[c][d];
+              for (int64_t d = 0; d < s.dim; ++d) dot += row[d] * means[c][d];
               z[c] = sizes[c] > 0 ? x.logit(dot) + std::log(sizes[c]) : kMinusInf;
               if (!std::isfinite(z[c])) z[c] = kMinusInf;
               top = std::max(top, z[c]);
@@ -141,33 +160,43 @@ void check_mass(Problem& x, const std::string& what) {
 }
 
 const std::vector<Shape>& shapes() {
-  static const std::vector<Shape> all = {
-      {1, 4, 1, 1, 64, 64, 64, 64, 8},
-      {2, 8, 2, 2, 200, 200, 128, 64, 8},
-      {1, 8, 2, 1, 130, 300, 128, 64, 8},
-      {1, 8, 2, 8, 130, 300, 128, 32, 8},
-      {1, 6, 2, 2, 77, 333, 96, 16, 5},
-      {1, 4, 1, 1, 150, 150, 256, 64, 8, 70, 0},
-      {1, 4, 4, 4, 300, 300, 64, 128, 8, 0, 20.0f},
-      {1, 8, 4, 4, 257, 700, 128, 64, 8, 130, 30.0f},
-      {1, 4, 2, 2, 90, 40, 64, 32, 8},      // some queries before the first key
-      {1, 16, 4, 4, 2, 500, 128, 1, 1},     // decode
-      {2, 4, 2, 1, 16, 333, 64, 1, 1, 50},  //
-      {1, 16, 1, 1, 300, 300, 64, 64, 1},   // 1,024 rows a block
-      {1, 4, 2, 2, 1, 1, 64, 64, 8},
-      {1, 4, 2, 2, 0, 64, 64, 64, 8},
-      {1, 4, 2, 2, 64, 0, 64, 64, 8},
-      {1, 8, 2, 2, 300, 5000, 128, 64, 8},  // two splits of chunks
-      // From 256 rows a list on the tensor cores take chunk_mass:
-      {1, 8, 2, 2, 700, 900, 128, 64, 8},            // four octets of rows a block, as the accurate preset has
-      {2, 8, 2, 2, 530, 530, 64, 64, 8, 90, 25.0f},  //
-      {1, 6, 2, 2, 900, 400, 96, 64, 8},             // three octets; queries before the first key
-      {1, 4, 4, 4, 2100, 2100, 128, 64, 8, 300},     // one octet
-      {1, 8, 4, 4, 280, 380, 256, 16, 1},            // a block fills half a warpgroup's 64 rows
-      {1, 16, 1, 1, 200, 390, 256, 64, 8},           // a block spans both warpgroups of a tile
-      {1, 32, 1, 1, 100, 350, 128, 32, 4, 60},       // and at head_dim 128
-      {1, 16, 2, 2, 130, 6000, 64, 32, 2},           // few tiles: chunks in splits
-  };
+  static const std::vector<Shape> all = [] {
+    std::vector<Shape> sampled = {
+        {1, 4, 1, 1, 64, 64, 64, 64, 8},
+        {2, 8, 2, 2, 200, 200, 128, 64, 8},
+        {1, 8, 2, 1, 130, 300, 128, 64, 8},
+        {1, 8, 2, 8, 130, 300, 128, 32, 8},
+        {1, 6, 2, 2, 77, 333, 96, 16, 5},
+        {1, 4, 1, 1, 150, 150, 256, 64, 8, 70, 0},
+        {1, 4, 4, 4, 300, 300, 64, 128, 8, 0, 20.0f},
+        {1, 8, 4, 4, 257, 700, 128, 64, 8, 130, 30.0f},
+        {1, 4, 2, 2, 90, 40, 64, 32, 8},      // some queries before the first key
+        {1, 16, 4, 4, 2, 500, 128, 1, 1},     // decode
+        {2, 4, 2, 1, 16, 333, 64, 1, 1, 50},  //
+        {1, 16, 1, 1, 300, 300, 64, 64, 1},   // 1,024 rows a block
+        {1, 4, 2, 2, 1, 1, 64, 64, 8},
+        {1, 4, 2, 2, 0, 64, 64, 64, 8},
+        {1, 4, 2, 2, 64, 0, 64, 64, 8},
+        {1, 8, 2, 2, 300, 5000, 128, 64, 8},  // two splits of chunks
+        // From 256 rows a list on the tensor cores take chunk_mass:
+        {1, 8, 2, 2, 700, 900, 128, 64, 8},            // four octets of rows a block
+        {2, 8, 2, 2, 530, 530, 64, 64, 8, 90, 25.0f},  //
+        {1, 6, 2, 2, 900, 400, 96, 64, 8},             // three octets; queries before the first key
+        {1, 4, 4, 4, 2100, 2100, 128, 64, 8, 300},     // one octet
+        {1, 8, 4, 4, 280, 380, 256, 16, 1},            // a block fills half a warpgroup's 64 rows
+        {1, 16, 1, 1, 200, 390, 256, 64, 8},           // a block spans both warpgroups of a tile
+        {1, 32, 1, 1, 100, 350, 128, 32, 4, 60},       // and at head_dim 128
+        {1, 16, 2, 2, 130, 6000, 64, 32, 2},           // few tiles: chunks in splits
+        {1, 8, 2, 2, 700, 900, 128, 64, 16},           // two octets, as the accurate preset has
+        {1, 4, 1, 1, 1090, 1090, 256, 64, 16},
+    };
+    std::vector<Shape> both = sampled;
+    for (Shape shape : sampled) {
+      shape.rows = QueryRows::kMean;
+      if (shape.q_stride > 1) both.push_back(shape);
+    }
+    return both;
+  }();
   return all;
 }
 
@@ -263,6 +292,9 @@ std::set<int> reference_refine(const Problem& x, const RefineKeys& stage, const 
   if (dense) return {short_list.begin(), short_list.end()};
   std::vector<int> order;
   const int64_t per_list = s.heads / s.lists, group = s.heads / s.heads_kv;
+  std::vector<std::vector<double>> rows;
+  for (int64_t h = list * per_list; h < (list + 1) * per_list; ++h)
+    for (int64_t i = 0; i < x.samples; ++i) rows.push_back(x.row(b, h, j, i));
   for (int key : short_list) {
     if (kept.count(key)) continue;
     order.push_back(key);
@@ -275,10 +307,10 @@ std::set<int> reference_refine(const Problem& x, const RefineKeys& stage, const 
     } else {
       for (int64_t h = list * per_list; h < (list + 1) * per_list; ++h)
         for (int64_t i = 0; i < x.samples; ++i) {
-          const int64_t query = x.last_query(j) - i * s.q_stride;
-          if (query < j * s.q_block) continue;
+          const std::vector<double>& row = rows[(h - list * per_list) * x.samples + i];
+          if (row.empty()) continue;
           double dot = 0;
-          for (int64_t d = 0; d < s.dim; ++d) dot += x.q.at(b, h, query, d) * x.k.at(b, h / group, key, d);
+          for (int64_t d = 0; d < s.dim; ++d) dot += row[d] * x.k.at(b, h / group, key, d);
           const double lse = row_lse[((b * s.heads + h) * x.blocks + j) * x.samples + i];
           sum += std::min(1.0, std::exp(x.logit(dot) - lse));
         }
@@ -296,7 +328,7 @@ void check_refine(Problem& x, int64_t budget, int64_t refine, bool pooled, KeyCh
   stage.q = x.q.view, stage.k = x.k.view, stage.chunk_scores = x.scores.view;
   if (!pooled) stage.row_lse = x.row_lse.view;
   stage.offsets = x.d_offsets.view, stage.num_chunks = x.d_counts.view;
-  stage.q_block = s.q_block, stage.refine = refine, stage.q_stride = s.q_stride;
+  stage.q_block = s.q_block, stage.refine = refine, stage.q_stride = s.q_stride, stage.rows = s.rows;
   stage.choice = choice, stage.choice.budget = budget, stage.choice.window = s.window;
   stage.softmax = x.mass.softmax;
   const int64_t capacity = refined_run_capacity(s.seqlen_k, budget);
@@ -442,7 +474,8 @@ void test_prefill_equals_its_stages() {
         SparsePrefill prefill;
         prefill.q = x.q.view, prefill.k = x.k.view, prefill.v = v.view, prefill.q_block = s.q_block;
         prefill.select_heads = s.lists, prefill.score = mass ? ChunkScore::kMass : ChunkScore::kDot;
-        prefill.refine = refine, prefill.q_stride = s.q_stride, prefill.choice = choice, prefill.strict = strict;
+        prefill.refine = refine, prefill.q_stride = s.q_stride, prefill.rows = s.rows;
+        prefill.choice = choice, prefill.strict = strict;
         prefill.offsets = x.d_offsets.view, prefill.num_chunks = x.d_counts.view, prefill.softmax = x.mass.softmax;
         prefill.threshold = -INFINITY, prefill.out = whole.view, prefill.lse = whole.lse.view;
         run_stage(prefill, what);
@@ -464,10 +497,10 @@ void test_prefill_equals_its_stages() {
             refine > 0 ? refined_run_capacity(s.seqlen_k, choice.budget) : run_capacity(x.capacity, choice.budget, 1);
         Array<int> runs(s.batch, s.lists, x.blocks, capacity, 2), num_runs(s.batch, s.lists, x.blocks);
         if (refine > 0) {
-          RefineKeys stage = {x.q.view,         x.k.view,        x.scores.view,  mass ? x.row_lse.view : Tensor(),
-                              x.d_offsets.view, x.d_counts.view, s.q_block,      refine,
-                              s.q_stride,       choice,          x.mass.softmax, runs.view,
-                              num_runs.view};
+          RefineKeys stage = {x.q.view,         x.k.view,        x.scores.view, mass ? x.row_lse.view : Tensor(),
+                              x.d_offsets.view, x.d_counts.view, s.q_block,     refine,
+                              s.q_stride,       s.rows,          choice,        x.mass.softmax,
+                              runs.view,        num_runs.view};
           run_stage(stage, what);
         } else {
           SelectKeys stage = {x.scores.view, x.d_offsets.view, x.d_counts.view, s.seqlen_q,   s.seqlen_k,
@@ -557,6 +590,7 @@ void test_graph_replay() {
   SparsePrefill prefill;
   prefill.q = q.view, prefill.k = k.view, prefill.v = v.view, prefill.max_chunks = 25, prefill.select_heads = 2;
   prefill.score = ChunkScore::kMass, prefill.refine = 4, prefill.threshold = -INFINITY;
+  prefill.q_stride = 16, prefill.rows = QueryRows::kMean;
   prefill.choice.budget = 200, prefill.softmax.scale = 0.088f, prefill.choice.min_chunk = 9;
   SparsePrefill captured = prefill;
   prefill.out = direct.view, prefill.lse = direct.lse.view;
@@ -592,20 +626,22 @@ void time_prefill(int64_t length, bool profile = false) {
   x.q = q.view, x.k = k.view, x.v = v.view, x.max_chunks = length / 16, x.threshold = -INFINITY;
   x.softmax.scale = 0.08838835f, x.choice.min_chunk = 9, x.out = out.view, x.lse = out.lse.view;
   SparsePrefill paper = x;
-  x.select_heads = 8, x.score = ChunkScore::kMass, x.refine = 4, x.choice.budget = 1024;
+  x.select_heads = 8, x.score = ChunkScore::kMass, x.choice.budget = 1024;
+  x.refine = length > 16384 ? 4 : 8, x.q_stride = 16, x.rows = QueryRows::kMean;
   paper.q_block = 128, paper.choice.budget = 2048, paper.choice.sink = paper.choice.local = 128;
   paper.choice.dense_tail = 64;
 
   const int64_t capacity = length / 16, blocks = length / 64;
   Array<float> boundary(1, length), means(1, 8, capacity, 128), scores(1, 8, blocks, capacity),
-      row_lse(1, 32, blocks, 8);
+      row_lse(1, 32, blocks, 4);
   Array<int> offsets(1, capacity + 1), counts(1), runs(1, 8, blocks, 1024, 2), num_runs(1, 8, blocks);
   BoundaryScores s1 = {k.view, 4, boundary.view};
   SelectBoundaries s2 = {boundary.view, capacity, 8, -INFINITY, 0, offsets.view, counts.view};
   ChunkPool s3 = {k.view, offsets.view, counts.view, 8, PoolScale::kMean, means.view};
-  ChunkMass s4 = {q.view, means.view, offsets.view, counts.view, length, 64, 8, x.softmax, scores.view, row_lse.view};
-  RefineKeys s6 = {q.view, k.view, scores.view, row_lse.view, offsets.view, counts.view,  64,
-                   4,      8,      x.choice,    x.softmax,    runs.view,    num_runs.view};
+  ChunkMass s4 = {q.view, means.view, offsets.view, counts.view, length,      64,
+                  16,     x.rows,     x.softmax,    scores.view, row_lse.view};
+  RefineKeys s6 = {q.view,   k.view, scores.view, row_lse.view, offsets.view, counts.view, 64,
+                   x.refine, 16,     x.rows,      x.choice,     x.softmax,    runs.view,   num_runs.view};
   SparseAttention s7 = {q.view, k.view, v.view, runs.view, num_runs.view, 64, x.softmax, out.view, out.lse.view};
   if (profile) {  // one call of each stage
     run_stage(s1, "profile"), run_stage(s2, "profile"), run_stage(s3, "profile");

@@ -10,6 +10,11 @@ __device__ inline uint32_t order_key(float score) {
   return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
 }
 
+constexpr uint32_t kZeroKey = 0x80000000u;
+
+// The score of a key; +0 for both zeros.
+__device__ inline float score_of(uint32_t key) { return __uint_as_float(key & 0x80000000u ? key ^ 0x80000000u : ~key); }
+
 // No score has this key: nothing is better than "none".
 constexpr uint32_t kNoKey = 0xffffffffu;
 

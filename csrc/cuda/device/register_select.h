@@ -1,11 +1,17 @@
-// Length-weighted selection among keys that a thread block holds in registers: one histogram over the range that the
-// keys span, then the few keys of the bin that holds the cut-off, by one warp's comparisons. radix_select.h answers the
-// same for keys in memory in three histograms over fixed digits, where scores of one magnitude crowd into a handful of
-// bins.
+// Length-weighted selection among keys (order.h) that a thread block holds in registers: one histogram over the range
+// that the keys span, then the few keys of the bin that holds the cut-off, by one warp's comparisons. radix_select.h
+// answers the same for keys in memory in three histograms over fixed digits, where scores of one magnitude crowd into a
+// handful of bins.
+//
+// Bins have equal widths in keys, that is in a score's logarithm, which suits shares of attention mass. Scores of both
+// signs would crowd again, most of the keys between them being those of tiny numbers: there bins have equal widths in
+// scores. Code is kept short: in decode it runs once a launch, and waits for its own instructions.
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
+#include "cuda/device/order.h"
 #include "cuda/device/radix_select.h"
 
 namespace dhsa::cuda {
@@ -16,7 +22,7 @@ struct RegisterSelect {
   static constexpr int kWarps = kThreads / 32;
   static constexpr int kBins = RadixSelect<kThreads>::kBins, kDigitBits = 11;
   static constexpr int kBinsPerThread = kBins / kThreads;
-  static_assert(kBins == 1 << kDigitBits && kBinsPerThread % 4 == 0, "bins are read four at once");
+  static_assert(kBins == 1 << kDigitBits, "a bin is a digit");
 
   struct Shared {
     uint32_t lowest[kWarps], highest[kWarps];
@@ -31,47 +37,69 @@ struct RegisterSelect {
   // written again after the next barrier.
   template <class Weight>
   __device__ Cutoff select(const uint32_t (&key)[kKeys], int want, Weight weight) {
-    uint32_t low = 0xffffffffu, high = 0;
-#pragma unroll
-    for (int j = 0; j < kKeys; ++j) low = min(low, key[j] - 1), high = max(high, key[j]);  // 0 - 1 is the largest
-    low = __reduce_min_sync(kFullWarp, low) + 1, high = __reduce_max_sync(kFullWarp, high);
-    if (lane_id() == 0) shared.lowest[warp_id()] = low - 1, shared.highest[warp_id()] = high;
-    clear(want);
-    __syncthreads();
-#pragma unroll
-    for (int w = 0; w < kWarps; ++w) low = min(low - 1, shared.lowest[w]) + 1, high = max(high, shared.highest[w]);
-    uint32_t base = low;
-    int shift = max(32 - __clz(high - low) - kDigitBits, 0);
-    uint32_t span = high - low;  // keys [base, base + span] are left
-    while (true) {
+    Bins bins = span(key, want, [](uint32_t) { return true; });
+    while (bins.width > 0) {
 #pragma unroll
       for (int j = 0; j < kKeys; ++j) {
-        if (key[j] != 0 && key[j] - base <= span) atomicAdd(&memory.histogram[(key[j] - base) >> shift], weight(j));
+        if (bins.hold(key[j])) atomicAdd(&memory.histogram[bins.of(key[j])], weight(j));
       }
       __syncthreads();
       find_bin(want);
       __syncthreads();
-      base += static_cast<uint32_t>(shared.digit) << shift;
+      const int bin = shared.digit;
       want = shared.rest;
-      if (want == shared.weight) return {base - 1, 0};  // the bin is wanted to its last item
-      if (shift == 0) return {base, want};
-      span = (1u << shift) - 1;
+      const auto left = [&](uint32_t k) { return bins.hold(k) && bins.of(k) == bin; };
 #pragma unroll
       for (int j = 0; j < kKeys; ++j) {
-        if (key[j] == 0 || key[j] - base > span) continue;
+        if (!left(key[j])) continue;
         const int at = atomicAdd(&shared.few, 1);
         if (at < 32) shared.few_keys[at] = key[j], shared.few_weights[at] = weight(j);
       }
       __syncthreads();
       if (shared.few <= 32) return among_few(want);
       __syncthreads();  // all have read `few`
-      clear(want);
-      shift = max(shift - kDigitBits, 0);
-      __syncthreads();
+      bins = span(key, want, left);
     }
+    return {bins.base, want};  // all that is left are equal
   }
 
  private:
+  // Which keys are counted, [base, base + width], and in which bin: the lowest and the highest in different ones.
+  struct Bins {
+    uint32_t base, width;
+    int shift;
+    bool by_score;
+    float lowest, scale;
+
+    __device__ Bins(uint32_t low, uint32_t high) : base(low), width(high - low) {
+      const float range = score_of(high) - score_of(low);
+      by_score = low < kZeroKey && high > kZeroKey && range < INFINITY;
+      lowest = score_of(low), scale = kBins / range;
+      shift = max(32 - __clz(width) - kDigitBits, 0);
+    }
+    __device__ bool hold(uint32_t key) const { return key != 0 && key - base <= width; }
+    __device__ int of(uint32_t key) const {  // rises with the key
+      if (!by_score) return static_cast<int>((key - base) >> shift);
+      return min(static_cast<int>((score_of(key) - lowest) * scale), kBins - 1);
+    }
+  };
+
+  // Bins over the range of the keys that pass `among`, all empty. Ends with a barrier.
+  template <class Among>
+  __device__ Bins span(const uint32_t (&key)[kKeys], int want, const Among& among) {
+    clear(want);
+    uint32_t low = 0xffffffffu, high = 0;
+#pragma unroll
+    for (int j = 0; j < kKeys; ++j) {
+      if (key[j] != 0 && among(key[j])) low = min(low, key[j]), high = max(high, key[j]);
+    }
+    low = __reduce_min_sync(kFullWarp, low), high = __reduce_max_sync(kFullWarp, high);
+    if (lane_id() == 0) shared.lowest[warp_id()] = low, shared.highest[warp_id()] = high;
+    __syncthreads();
+    const int w = lane_id() % kWarps;
+    return Bins(__reduce_min_sync(kFullWarp, shared.lowest[w]), __reduce_max_sync(kFullWarp, shared.highest[w]));
+  }
+
   __device__ void clear(int want) {
     uint4* bins = reinterpret_cast<uint4*>(memory.histogram);
 #pragma unroll
@@ -81,11 +109,12 @@ struct RegisterSelect {
 
   // The bin that holds the want-th unit of weight from the top; thread t owns the t-th group from the top.
   __device__ void find_bin(int want) {
+    using Piece = std::conditional_t<kBinsPerThread % 4 == 0, int4, int2>;
     int bin[kBinsPerThread];  // rising
     const int first = kBins - (static_cast<int>(threadIdx.x) + 1) * kBinsPerThread;
 #pragma unroll
-    for (int i = 0; i < kBinsPerThread; i += 4) {
-      *reinterpret_cast<int4*>(bin + i) = *reinterpret_cast<const int4*>(memory.histogram + first + i);
+    for (int i = 0; i < kBinsPerThread; i += static_cast<int>(sizeof(Piece) / 4)) {
+      *reinterpret_cast<Piece*>(bin + i) = *reinterpret_cast<const Piece*>(memory.histogram + first + i);
     }
     int sum = 0, total;
 #pragma unroll
