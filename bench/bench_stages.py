@@ -28,7 +28,7 @@ from shapes import CPU, GPU, TINY, Shape
 from timing import Contestant, Failure, Report, Timing, load, measure, timed
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-Q_STRIDE, REFINE = 8, 4  # of the accurate mode
+Q_STRIDE, ROWS, REFINE = 16, "mean", 4  # of the accurate mode
 PREDICTOR_HEADS, WINDOW = 8, 4  # of the learned boundaries
 
 
@@ -102,11 +102,12 @@ class Pipeline:
         if name == "chunk_mass":
             # A row weighs the chunks that begin at or before its block's end: half of the square, as for causal keys.
             work = rows * head_dim * self.chunks[1].float().mean().item()
-            return Stage(*both(q, self._means(), *self.chunks, keys, shape.q_block, Q_STRIDE), flops=work)
+            return Stage(*both(q, self._means(), *self.chunks, keys, shape.q_block, Q_STRIDE, rows=ROWS), flops=work)
         if name == "refine_keys":
-            mass = dhsa_ext.chunk_mass(q, self._means(), *self.chunks, keys, shape.q_block, Q_STRIDE)
+            mass = dhsa_ext.chunk_mass(q, self._means(), *self.chunks, keys, shape.q_block, Q_STRIDE, rows=ROWS)
             call = both(
-                q, k, *mass, *self.chunks, shape.q_block, shape.budget, REFINE, **forced, q_stride=Q_STRIDE
+                q, k, *mass, *self.chunks, shape.q_block, shape.budget, REFINE, **forced, q_stride=Q_STRIDE,
+                rows=ROWS
             )  # fmt: skip
             unforced = max(0, shape.budget - forced["sink"] - forced["local"] - shape.q_block + 1)
             looked_at = sum(min(REFINE * unforced, end) for end in range(shape.q_block, keys + 1, shape.q_block))

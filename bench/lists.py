@@ -38,10 +38,10 @@ def chosen_lists(q: Tensor, k: Tensor, shape: Shape) -> Lists:
     )
     if shape.refine:
         means = dhsa_ext.chunk_pool(k, *chunks, shape.select_heads, "mean")
-        mass = dhsa_ext.chunk_mass(q, means, *chunks, k.shape[2], shape.q_block, shape.q_stride, softcap=shape.softcap)
+        rows: dict[str, Any] = dict(q_stride=shape.q_stride, rows=shape.rows, softcap=shape.softcap)
+        mass = dhsa_ext.chunk_mass(q, means, *chunks, k.shape[2], shape.q_block, **rows)
         return dhsa_ext.refine_keys(
-            q, k, *mass, *chunks, shape.q_block, shape.budget, shape.refine, **forced, q_stride=shape.q_stride,
-            softcap=shape.softcap,
+            q, k, *mass, *chunks, shape.q_block, shape.budget, shape.refine, **forced, **rows
         )  # fmt: skip
     scores = dhsa_ext.chunk_scores(
         dhsa_ext.query_pool(q, shape.select_heads, shape.q_block), dhsa_ext.chunk_pool(k, *chunks, shape.select_heads)

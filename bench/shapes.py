@@ -32,7 +32,8 @@ class Shape:
     nms_radius: int = 8
     chunk_size: int = 16  # at most seqlen_k // chunk_size chunks
     refine: int = 0  # 0: the paper's choice; more: the accurate mode, chunk_mass and then refine_keys
-    q_stride: int = 8  # of the accurate mode
+    q_stride: int = 16  # of the accurate mode, and the next: its preset on long prompts
+    rows: str = "mean"
 
     @property
     def queries(self) -> int:
@@ -47,7 +48,7 @@ class Shape:
         return dict(
             max_chunks=self.max_chunks, q_block=self.q_block, select_heads=self.select_heads, sink=self.sink,
             local=self.local, dense_tail=self.dense_tail, nms_radius=self.nms_radius, softcap=self.softcap,
-            score="mass" if self.refine else "dot", refine=self.refine, q_stride=self.q_stride,
+            score="mass" if self.refine else "dot", refine=self.refine, q_stride=self.q_stride, rows=self.rows,
         )  # fmt: skip
 
     def but(self, **changes: Any) -> Shape:
@@ -59,6 +60,13 @@ class Shape:
             f"{self.label}: {queries}{self.seqlen_k} keys, budget {self.budget}, heads {self.heads}/{self.heads_kv}, "
             f"head_dim {self.head_dim}, q_block {self.q_block}, S {self.select_heads}"
         )
+
+
+def paper_twin(shape: Shape) -> Shape:
+    """The paper preset with twice the budget of an accurate shape, which it needs for about the same recall."""
+    return shape.but(
+        budget=2 * shape.budget, q_block=128, select_heads=1, sink=128, local=128, dense_tail=64, refine=0
+    )  # fmt: skip
 
 
 # --- one GPU: Llama-3.1-8B's heads unless said -----------------------------------------------------------------------
@@ -82,6 +90,10 @@ GPU = {
         Shape(
             "32k-accurate", "the same on a long document",
             32768, 1024, q_block=64, select_heads=8, sink=16, local=64, refine=4,
+        ),
+        Shape(
+            "8k-accurate", "and on a short prompt, where the preset takes twice the candidates and rows",
+            8192, 1024, q_block=64, select_heads=8, sink=16, local=64, refine=8, q_stride=8,
         ),
         Shape("32k-full", "every key kept: dense attention's answer, so a dense kernel is the bar", 32768, 32768),
     )

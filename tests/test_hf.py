@@ -496,17 +496,18 @@ def test_presets_are_the_specs():
     assert paper.heads(8, 2) == 1 and paper.max_chunks(4096) == 256
     assert (accurate.q_block, accurate.pool, accurate.score, accurate.refine) == (64, "mean", "mass", "auto")
     assert (accurate.sink, accurate.local, accurate.dense_tail) == (16, 64, 0)
-    assert (accurate.q_stride, accurate.rows, paper.q_stride, paper.rows) == (16, "mean", 8, "sample")
+    assert (accurate.q_stride, accurate.rows, paper.q_stride, paper.rows) == ("auto", "mean", 8, "sample")
     assert accurate.decode == "sparse" and accurate.heads(8, 2) == 2
     for config in (paper, accurate):
         assert (config.nms_radius, config.boundary_window) == (8, 4)
     assert str(DHSAConfig("paper", q_block=64)) == "DHSAConfig(preset='paper', budget=1024, q_block=64)"
 
 
-@pytest.mark.parametrize(("keys", "refine"), [(100, 8), (16384, 8), (16385, 4), (200_000, 4)])
-def test_refine_auto_follows_the_number_of_keys(keys, refine):
+@pytest.mark.parametrize(("keys", "refine", "q_stride"), [(100, 8, 8), (16384, 8, 8), (16385, 4, 16), (200_000, 4, 16)])
+def test_auto_follows_the_number_of_keys(keys, refine, q_stride):
     config = DHSAConfig("accurate")
     assert config.prefill_args(4, 2, keys)["refine"] == config.decode_args(keys)["refine"] == refine
+    assert config.prefill_args(4, 2, keys)["q_stride"] == q_stride
     assert config.prefill_args(4, 2, keys)["rows"] == "mean"
     for given in (0, 3):
         assert DHSAConfig("accurate", refine=given).decode_args(keys)["refine"] == given

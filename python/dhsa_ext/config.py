@@ -17,14 +17,15 @@ PRESETS: dict[str, dict[str, Any]] = {
     # Chunks scored by the attention mass that means of queries would give them, then a token-level refinement; decode
     # sparse.
     "accurate": dict(
-        q_block=64, select_heads="kv", pool="mean", score="mass", refine="auto", q_stride=16, rows="mean", sink=16,
-        local=64, dense_tail=0, decode="sparse",
+        q_block=64, select_heads="kv", pool="mean", score="mass", refine="auto", q_stride="auto", rows="mean",
+        sink=16, local=64, dense_tail=0, decode="sparse",
     ),
 }  # fmt: skip
 
-# refine "auto": beyond REFINE_LONG_FROM keys the token-level stage costs more than it brings for each millisecond of a
-# GPU, so that long calls send half as many tokens through it. docs/choosing-keys.md has the figures.
-REFINE_SHORT, REFINE_LONG, REFINE_LONG_FROM = 8, 4, 16384
+# What "auto" stands for. The choice's share of a call grows with its length: beyond LONG_FROM keys half as many tokens
+# go through the token-level stage, and half as many rows are read. docs/choosing-keys.md has what both bring.
+LONG_FROM = 16384
+SHORT, LONG = {"refine": 8, "q_stride": 8}, {"refine": 4, "q_stride": 16}
 
 # ChunkIndex closes an open chunk at this length at the latest.
 MAX_OPEN_CHUNK = 64
@@ -41,7 +42,8 @@ class DHSAConfig:
     pool, score     chunk vectors ("sqrt", "mean", "sum") and what they are scored by ("dot" or "mass")
     refine          0, or how many times the budget goes through the token-level stage; "auto": 8, and 4 in a call with
                     more than 16384 keys
-    q_stride, rows  score "mass": of each q_stride queries of a block, the last is read ("sample"), or their "mean"
+    q_stride, rows  score "mass": of each q_stride queries of a block, the last is read ("sample"), or their "mean";
+                    "auto": 8, and 16 in a call with more than 16384 keys
     sink, local     keys that are always kept: the first ones, and the nearest ones
     dense_tail      the last queries of a call that keep every key; each piece of a chunked prefill has its own
     decode          "dense", or "sparse": one ChunkIndex per layer chooses the keys of each new token
@@ -65,7 +67,7 @@ class DHSAConfig:
     pool: Literal["sqrt", "mean", "sum"] = _PRESET
     score: Literal["dot", "mass"] = _PRESET
     refine: int | Literal["auto"] = _PRESET
-    q_stride: int = _PRESET
+    q_stride: int | Literal["auto"] = _PRESET
     rows: Literal["sample", "mean"] = _PRESET
     sink: int = _PRESET
     local: int = _PRESET
@@ -94,10 +96,11 @@ class DHSAConfig:
         _one_of("score", self.score, ("dot", "mass"))
         _one_of("rows", self.rows, ("sample", "mean"))
         _one_of("decode", self.decode, ("dense", "sparse"))
-        for name in ("q_block", "q_stride", "chunk_size", "boundary_window"):
+        for name in ("q_block", "chunk_size", "boundary_window"):
             _at_least(name, getattr(self, name), 1)
-        if self.refine != "auto":
-            _at_least("refine", self.refine, 0, ' or "auto"')
+        for name, least in (("refine", 0), ("q_stride", 1)):
+            if getattr(self, name) != "auto":
+                _at_least(name, getattr(self, name), least, ' or "auto"')
         for name in ("sink", "local", "dense_tail", "nms_radius", "min_length", "segment"):
             if getattr(self, name) is not None:
                 _at_least(name, getattr(self, name), 0)
@@ -133,20 +136,18 @@ class DHSAConfig:
         """The quota of chunks: of the whole row, or of one segment."""
         return max(1, (self.segment or seqlen_k) // self.chunk_size)
 
-    def refine_over(self, seqlen_k: int) -> int:
-        """The number that `refine` stands for in a call over so many keys."""
-        if self.refine == "auto":
-            return REFINE_SHORT if seqlen_k <= REFINE_LONG_FROM else REFINE_LONG
-        return self.refine
+    def effort_over(self, seqlen_k: int) -> dict[str, int]:
+        """`refine` and `q_stride` as numbers, as in a call over so many keys."""
+        usual = SHORT if seqlen_k <= LONG_FROM else LONG
+        return {name: n if getattr(self, name) == "auto" else getattr(self, name) for name, n in usual.items()}
 
     def prefill_args(self, query_heads: int, kv_heads: int, seqlen_k: int) -> dict[str, Any]:
         """Keyword arguments of ops.sparse_prefill for this config, over seqlen_k keys."""
         same = (
-            "budget", "q_block", "score", "pool", "q_stride", "rows", "sink", "local", "dense_tail",
+            "budget", "q_block", "score", "pool", "rows", "sink", "local", "dense_tail",
             "boundary_window", "nms_radius", "threshold", "segment", "strict",
         )  # fmt: skip
-        arguments = {name: getattr(self, name) for name in same}
-        arguments["refine"] = self.refine_over(seqlen_k)
+        arguments = {name: getattr(self, name) for name in same} | self.effort_over(seqlen_k)
         arguments["max_chunks"] = self.max_chunks(seqlen_k)
         arguments["select_heads"] = self.heads(query_heads, kv_heads)
         return arguments
@@ -154,7 +155,7 @@ class DHSAConfig:
     def decode_args(self, seqlen_k: int) -> dict[str, Any]:
         """Keyword arguments of ops.sparse_decode for this config, over seqlen_k keys or a cache with room for them."""
         arguments = {name: getattr(self, name) for name in ("budget", "score", "sink", "local")}
-        return arguments | {"refine": self.refine_over(seqlen_k)}
+        return arguments | {"refine": self.effort_over(seqlen_k)["refine"]}
 
     def __str__(self) -> str:
         set_here = {f.name: getattr(self, f.name) for f in fields(self)}

@@ -236,10 +236,11 @@ def coverage(
     if not 0 < share <= 1:
         raise ValueError(f"dhsa_ext.policies.coverage: share: expected more than 0 and at most 1, got {share}")
     heads, seqlen_q, seqlen_k = config.heads(q.shape[1], k.shape[1]), q.shape[2], k.shape[2]
+    q_stride = config.effort_over(seqlen_k)["q_stride"]
     chunks = cut_chunks(k, config) if chunks is None else chunks
     k_mean = ops.chunk_pool(k, *chunks, heads, "mean")
     scores, row_lse = ops.chunk_mass(
-        q, k_mean, *chunks, seqlen_k, config.q_block, config.q_stride, rows=config.rows, scale=scale, softcap=softcap
+        q, k_mean, *chunks, seqlen_k, config.q_block, q_stride, rows=config.rows, scale=scale, softcap=softcap
     )
     wide, num_wide = select(scores, chunks, q, k, replace(config, budget=refine * config.budget))
     ends, whole = block_ends(q, k, config.q_block).tolist(), dense_blocks(q, config).tolist()
@@ -251,9 +252,9 @@ def coverage(
             if end <= 0 or whole[j]:
                 kept[b, :, j, : max(end, 0)] = True
                 continue
-            positions = torch.arange(end - 1, max(begin, 0) - 1, -config.q_stride, device=q.device)
+            positions = torch.arange(end - 1, max(begin, 0) - 1, -q_stride, device=q.device)
             block = begin - (seqlen_k - seqlen_q), end - 1 - (seqlen_k - seqlen_q)  # its first and last query
-            rows = reference._block_rows(q[b], *block, config.q_stride, config.rows)[:, : len(positions)]
+            rows = reference._block_rows(q[b], *block, q_stride, config.rows)[:, : len(positions)]
             rows = rows.float().unflatten(0, (heads, -1))
             lse = row_lse[b, :, j, : len(positions)].unflatten(0, (heads, -1))
             block_scores = scores[b : b + 1, :, j : j + 1].contiguous()

@@ -627,21 +627,21 @@ void time_prefill(int64_t length, bool profile = false) {
   x.softmax.scale = 0.08838835f, x.choice.min_chunk = 9, x.out = out.view, x.lse = out.lse.view;
   SparsePrefill paper = x;
   x.select_heads = 8, x.score = ChunkScore::kMass, x.choice.budget = 1024;
-  x.refine = length > 16384 ? 4 : 8, x.q_stride = 16, x.rows = QueryRows::kMean;
+  x.refine = length > 16384 ? 4 : 8, x.q_stride = length > 16384 ? 16 : 8, x.rows = QueryRows::kMean;
   paper.q_block = 128, paper.choice.budget = 2048, paper.choice.sink = paper.choice.local = 128;
   paper.choice.dense_tail = 64;
 
   const int64_t capacity = length / 16, blocks = length / 64;
   Array<float> boundary(1, length), means(1, 8, capacity, 128), scores(1, 8, blocks, capacity),
-      row_lse(1, 32, blocks, 4);
+      row_lse(1, 32, blocks, length > 16384 ? 4 : 8);
   Array<int> offsets(1, capacity + 1), counts(1), runs(1, 8, blocks, 1024, 2), num_runs(1, 8, blocks);
   BoundaryScores s1 = {k.view, 4, boundary.view};
   SelectBoundaries s2 = {boundary.view, capacity, 8, -INFINITY, 0, offsets.view, counts.view};
   ChunkPool s3 = {k.view, offsets.view, counts.view, 8, PoolScale::kMean, means.view};
-  ChunkMass s4 = {q.view, means.view, offsets.view, counts.view, length,      64,
-                  16,     x.rows,     x.softmax,    scores.view, row_lse.view};
-  RefineKeys s6 = {q.view,   k.view, scores.view, row_lse.view, offsets.view, counts.view, 64,
-                   x.refine, 16,     x.rows,      x.choice,     x.softmax,    runs.view,   num_runs.view};
+  ChunkMass s4 = {q.view,     means.view, offsets.view, counts.view, length,      64,
+                  x.q_stride, x.rows,     x.softmax,    scores.view, row_lse.view};
+  RefineKeys s6 = {q.view,   k.view,     scores.view, row_lse.view, offsets.view, counts.view, 64,
+                   x.refine, x.q_stride, x.rows,      x.choice,     x.softmax,    runs.view,   num_runs.view};
   SparseAttention s7 = {q.view, k.view, v.view, runs.view, num_runs.view, 64, x.softmax, out.view, out.lse.view};
   if (profile) {  // one call of each stage
     run_stage(s1, "profile"), run_stage(s2, "profile"), run_stage(s3, "profile");
