@@ -95,7 +95,7 @@ struct SelectKeys {
 };
 int64_t run_capacity(int64_t chunk_capacity, int64_t budget, int64_t min_chunk);  // R of select_keys
 
-// 4, accurate: an estimate of the attention mass that one token of each chunk gets from the block's sampled rows.
+// 4, accurate: an estimate of the attention mass that one token of each chunk gets from the block's rows.
 struct ChunkMass {
   Tensor q;                    // [B, H, Lq, D]
   Tensor k_mean;               // [B, S, C, D] float32

@@ -31,9 +31,9 @@ enum class PoolScale : int32_t { kSqrt, kMean, kSum };
 // How a query block scores the chunks: chunk_scores ("dot") or chunk_mass ("mass").
 enum class ChunkScore : int32_t { kDot, kMass };
 
-// The rows by which chunk_mass and refine_keys know a query block. "sample": its last query and every q_stride-th before
-// it. "mean": the means of the q_stride queries that end there, a block's first row of those it has; summed in float32
-// in order of position, divided, rounded to q's type.
+// The rows by which chunk_mass and refine_keys know a query block. "sample": its last query and every q_stride-th
+// before it. "mean": the means of the q_stride queries that end there, a block's first row of those it has; summed in
+// float32 in order of position, divided, rounded to q's type.
 enum class QueryRows : int32_t { kSample, kMean };
 
 // The arguments of select_keys and refine_keys that say which keys a query block keeps.

@@ -10,8 +10,8 @@
 
 namespace dhsa::cpu {
 
-// Row u of a block belongs to its last query but u * q_stride; the block's last row, the first in time, may stand for
-// fewer queries.
+// Row u stands for the queries that end u * q_stride before the block's last; the last row, first in time, for what is
+// left of them.
 inline int64_t rows_of_block(int64_t queries, int64_t q_stride) { return ceil_div(queries, q_stride); }
 
 struct BlockRows {
@@ -34,10 +34,17 @@ inline int64_t mean_bytes(QueryRows rows, const Tensor& q, int64_t lists, int64_
 // that every backend multiplies the same numbers.
 inline BlockRows block_rows(const Kernels& kernels, const RowView& q, int64_t head_dim, int64_t b, int64_t first_head,
                             int64_t heads, const Block& block, QueryRows kind, int64_t q_stride, char* means) {
-  BlockRows rows{
-      q.at(b, first_head, block.last), q.dtype,          heads, rows_of_block(block.queries(), q_stride), q.head_bytes,
-      -q.row_bytes * q_stride,         -q.row * q_stride};
-  if (kind == QueryRows::kSample) return rows;
+  BlockRows rows;
+  rows.dtype = q.dtype;
+  rows.heads = heads;
+  rows.count = rows_of_block(block.queries(), q_stride);
+  if (kind == QueryRows::kSample) {
+    rows.data = q.at(b, first_head, block.last);
+    rows.head_bytes = q.head_bytes;
+    rows.row_bytes = -q.row_bytes * q_stride;
+    rows.row = -q.row * q_stride;
+    return rows;
+  }
   const int64_t bytes = head_dim * element_size(static_cast<DType>(q.dtype));
   rows.data = means;
   rows.row = head_dim;
