@@ -43,9 +43,12 @@ lint: $(VENV)/.dhsa-lint
 	$(VENV)/bin/mypy
 	$(cpp_files) | xargs -r $(VENV)/bin/clang-format --dry-run -Werror
 
-# On a machine with a GPU: build, test and bench there.
-gpu-check: $(VENV)/.dhsa-test $(native)
-	PYTHON=$(python) PATH="$(abspath $(VENV))/bin:$$PATH" tests/gpu_check.sh
+# On a machine with a GPU: build, test and bench there, with a Python that has what it takes, or else with $(VENV)'s.
+needed := torch pytest hypothesis transformers
+gpu_python := $(if $(shell $(PYTHON) -c 'import importlib.util as u, sys; sys.exit(not all(map(u.find_spec, sys.argv[1:])))' \
+    $(needed) 2>/dev/null && echo yes),$(PYTHON),$(python))
+gpu-check: $(if $(filter $(python),$(gpu_python)),$(VENV)/.dhsa-test $(native))
+	PYTHON=$(gpu_python) PATH="$(abspath $(VENV))/bin:$$PATH" tests/gpu_check.sh
 
 clean:
 	rm -rf build dist python/*.egg-info python/dhsa_ext/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis

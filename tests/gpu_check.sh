@@ -5,6 +5,7 @@
 #   PYTHON           interpreter with torch and pytest (default: python3)
 #   STEPS            of: build kernels sanitizer pytest time bench (default: all)
 #   OUT              where logs and results go (default: build/gpu-check)
+#   BENCH_ARGS       for bench/bench_prefill.py (default: every row)
 #   DHSA_CUDA_ARCHS  default: those of the GPUs that are there
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -53,6 +54,14 @@ if step kernels; then
   LINES_SHOWN=13 spawn repeat 120 $bin/attention_test repeat
   wait
 fi
+export PYTHONPATH=$build/python
+# Python's tests run beside the sanitizers: both ask whether answers are right, and neither fills the GPU.
+if step pytest; then
+  LINES_SHOWN=20 run info 60 "$python" -m dhsa_ext.info
+  workers=$("$python" -c 'import xdist' 2>/dev/null && echo "-n $((($(nproc) + 1) / 2))")
+  # shellcheck disable=SC2086  # two words, or none
+  LINES_SHOWN=20 run pytest 1800 "$python" -m pytest -q $workers tests -k "cuda or Cuda" &
+fi
 if step sanitizer; then
   # racecheck follows neither mbarriers through a warp's leader nor words that are meant to be read while written: it is
   # kept from the sm_90a kernel and from suppress_kernel, which attention_test repeat and bitwise tests watch instead.
@@ -65,19 +74,10 @@ if step sanitizer; then
     done
     LINES_SHOWN=1 spawn "${tool}_attention_sm80" 200 compute-sanitizer "${options[@]}" $bin/attention_test small sm80
   done
-  wait
-fi
-export PYTHONPATH=$build/python
-if step sanitizer; then
-  LINES_SHOWN=1 run memcheck_ops 200 \
+  LINES_SHOWN=1 spawn memcheck_ops 300 \
     compute-sanitizer --tool memcheck --error-exitcode 1 "$python" tests/cuda/small_shapes.py
 fi
-if step pytest; then
-  LINES_SHOWN=20 run info 60 "$python" -m dhsa_ext.info
-  workers=$("$python" -c 'import xdist' 2>/dev/null && echo "-n $((($(nproc) + 1) / 2))")
-  # shellcheck disable=SC2086  # two words, or none
-  run pytest 1800 "$python" -m pytest -q $workers tests -k "cuda or Cuda"
-fi
+wait
 if step time; then
   LINES_SHOWN=40 run time_attention 120 $bin/attention_test time
   LINES_SHOWN=10 run time_attention_sm80 120 $bin/attention_test time sm80 32K
@@ -86,5 +86,6 @@ if step time; then
   LINES_SHOWN=12 run time_pipeline 120 $bin/pipeline_test time
   LINES_SHOWN=20 run time_accurate 120 $bin/accurate_test time
 fi
-step bench && LINES_SHOWN=60 run bench 500 "$python" bench/bench_prefill.py --device cuda
+# shellcheck disable=SC2086  # options of the bench
+step bench && LINES_SHOWN=60 run bench 600 "$python" bench/bench_prefill.py --device cuda ${BENCH_ARGS:-}
 [[ ! -e $out/failed ]]
