@@ -60,7 +60,7 @@ if step pytest; then
   LINES_SHOWN=20 run info 60 "$python" -m dhsa_ext.info
   workers=$("$python" -c 'import xdist' 2>/dev/null && echo "-n $((($(nproc) + 1) / 2))")
   # shellcheck disable=SC2086  # two words, or none
-  LINES_SHOWN=20 run pytest 1800 "$python" -m pytest -q $workers tests -k "cuda or Cuda" &
+  LINES_SHOWN=20 run pytest 1800 "$python" -m pytest -q $workers tests --ignore tests/arm -k "cuda or Cuda" &
 fi
 if step sanitizer; then
   # racecheck follows neither mbarriers through a warp's leader nor words that are meant to be read while written: it is
@@ -70,11 +70,11 @@ if step sanitizer; then
     options=(--tool $tool --error-exitcode 1)
     [[ $tool == racecheck ]] && options+=("${races[@]}")
     for test in router logits pipeline accurate attention; do
-      LINES_SHOWN=1 spawn "${tool}_$test" 200 compute-sanitizer "${options[@]}" $bin/${test}_test small
+      LINES_SHOWN=1 spawn "${tool}_$test" 600 compute-sanitizer "${options[@]}" $bin/${test}_test small
     done
-    LINES_SHOWN=1 spawn "${tool}_attention_sm80" 200 compute-sanitizer "${options[@]}" $bin/attention_test small sm80
+    LINES_SHOWN=1 spawn "${tool}_attention_sm80" 600 compute-sanitizer "${options[@]}" $bin/attention_test small sm80
   done
-  LINES_SHOWN=1 spawn memcheck_ops 300 \
+  LINES_SHOWN=1 spawn memcheck_ops 600 \
     compute-sanitizer --tool memcheck --error-exitcode 1 "$python" tests/cuda/small_shapes.py
 fi
 wait

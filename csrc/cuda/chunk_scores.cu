@@ -76,7 +76,8 @@ __device__ inline void multiply(const float (*q)[kStride], const float (*k)[kStr
   }
 }
 
-// An infinite operand makes the split's low part NaN: such a score is summed again in plain float32.
+// An infinite operand makes the split's low part NaN, and products that overflow may do so first in a cross product,
+// with the wrong sign: a score that is not finite is summed again in plain float32.
 __device__ float plain_dot(const float* q, const float* k, int head_dim) {
   float sum = 0;
   for (int d = 0; d < head_dim; ++d) sum += q[d] * k[d];
@@ -133,7 +134,7 @@ __global__ void __launch_bounds__(kThreads) chunk_scores_kernel(Params p) {
         const int chunk = warp_n + n * 8 + lane_id() % 4 * 2 + i % 2;
         if (row >= rows || chunk >= chunks) continue;
         float score = acc[m][n][i];
-        if (isnan(score)) {
+        if (!(fabsf(score) < INFINITY)) {
           score = plain_dot(q + static_cast<int64_t>(row) * p.head_dim, k + static_cast<int64_t>(chunk) * p.head_dim,
                             p.head_dim);
         }

@@ -59,8 +59,8 @@ __global__ void __launch_bounds__(32 * kWarps) float32_kernel(const AttentionPar
   float* out =
       static_cast<float*>(p.out) + batch * p.out_stride.batch + head * p.out_stride.head + token * p.out_stride.row;
 #pragma unroll
-  for (int32_t i = 0; i < kPerLane; ++i) out[32 * i + lane] = row_sum > 0.0f ? o[i] / row_sum : 0.0f;
-  if (lane == 0) p.lse[index] = row_sum > 0.0f ? row_max + logf(row_sum) : -INFINITY;
+  for (int32_t i = 0; i < kPerLane; ++i) out[32 * i + lane] = row_sum != 0.0f ? o[i] / row_sum : 0.0f;
+  if (lane == 0) p.lse[index] = row_sum != 0.0f ? row_max + logf(row_sum) : -INFINITY;  // NaN stays NaN
 }
 
 }  // namespace
