@@ -31,8 +31,9 @@ def environment(model: str, seed: int, argv: Sequence[str]) -> dict[str, Any]:
     commit = subprocess.run(
         ["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
     ).stdout.strip()
+    words = [Path(word).name if Path(word).is_absolute() else word for word in argv]  # data by name, wherever it lay
     return {
-        "command": shlex.join(["python", "-m", "dhsa_ext.evaluate", *argv]),
+        "command": shlex.join(["python", "-m", "dhsa_ext.evaluate", *words]),
         "model": model,
         "seed": seed,
         "dhsa_ext": __version__,
