@@ -19,19 +19,43 @@ for name in ${require//,/ }; do
     { echo "DHSA_TEST_REQUIRE: expected names among ${suites[*]}, got $name" >&2; exit 2; }
 done
 
-declare -A result detail seconds
+declare -A result detail seconds job
+
+# note NAME STATUS SECONDS: how a suite went, from its log.
+note() {
+  seconds[$1]=$3
+  if (($2 == 0)); then result[$1]=passed; else result[$1]=FAILED; fi
+  detail[$1]=$(summary "$logs/$1.log")
+  (($2 == 0)) || detail[$1]+=" (exit $2, see $logs/$1.log)"
+}
 
 # suite NAME COMMAND...: run it, show and keep what it prints, note how it went.
 suite() {
-  local name=$1 begin=$SECONDS status
+  local name=$1 begin=$SECONDS
   shift
   printf '\n==== %s: %s\n' "$name" "$*"
   "$@" 2>&1 | tee "$logs/$name.log"
-  status=${PIPESTATUS[0]}
-  seconds[$name]=$((SECONDS - begin))
-  if ((status == 0)); then result[$name]=passed; else result[$name]=FAILED; fi
-  detail[$name]=$(summary "$logs/$name.log")
-  ((status == 0)) || detail[$name]+=" (exit $status, see $logs/$name.log)"
+  note "$name" "${PIPESTATUS[0]}" $((SECONDS - begin))
+}
+
+# begin NAME COMMAND...: the same beside the suites that follow, for one that keeps a single core busy; `finish NAME`
+# waits for it and shows what it printed.
+begin() {
+  local name=$1 begin=$SECONDS
+  shift
+  (
+    "$@" >"$logs/$name.log" 2>&1
+    echo $? $((SECONDS - begin)) >"$logs/$name.status"
+  ) &
+  job[$name]=$!
+}
+finish() {
+  local status took
+  printf '\n==== %s\n' "$1"
+  wait "${job[$1]}"
+  cat "$logs/$1.log"
+  read -r status took <"$logs/$1.status"
+  note "$1" "$status" "$took"
 }
 
 # skip NAME REASON COMMAND: the machine lacks something; COMMAND brings it.
@@ -63,6 +87,13 @@ have_sanitizers() {
   local probe=$logs/sanitizer-probe
   echo 'int main() {}' | "${CXX:-g++}" -fsanitize=address,undefined -x c++ - -o "$probe" 2>/dev/null && "$probe"
 }
+
+if have aarch64-linux-gnu-g++ && have qemu-aarch64-static && have mmdebstrap; then
+  begin arm-python env PIP="$venv/bin/python -m pip" tests/run_arm_python.sh
+else
+  skip arm-python "no ARM64 cross-compiler, emulator or mmdebstrap" \
+    "apt-get install g++-aarch64-linux-gnu qemu-user-static mmdebstrap"
+fi
 
 suite python "$venv/bin/python" -m pytest tests
 
@@ -99,12 +130,7 @@ else
     "apt-get install llvm-19 g++-11-aarch64-linux-gnu g++-12-aarch64-linux-gnu"
 fi
 
-if have aarch64-linux-gnu-g++ && have qemu-aarch64-static && have mmdebstrap; then
-  suite arm-python env PIP="$venv/bin/python -m pip" tests/run_arm_python.sh
-else
-  skip arm-python "no ARM64 cross-compiler, emulator or mmdebstrap" \
-    "apt-get install g++-aarch64-linux-gnu qemu-user-static mmdebstrap"
-fi
+[[ -v job[arm-python] ]] && finish arm-python
 
 if have nvidia-smi && nvidia-smi -L >/dev/null 2>&1; then
   suite gpu env PYTHON="$venv/bin/python" STEPS="build kernels sanitizer" tests/gpu_check.sh
