@@ -67,7 +67,7 @@ struct ChunkSelection {
   __device__ bool choose_from_registers(int first, int last, FewChunks<kThreads, kKeys>& memory, const Ready& ready) {
     static_assert(kThreads * kKeys <= 32 * kChunkWords, "all chunks are one tile");
     const int n = last - first;
-    const bool fits = keys.want > 0 && n <= kThreads * kKeys;
+    const bool fits = keys.want > 0 && n >= 0 && n <= kThreads * kKeys;  // below 0: malformed offsets
     uint32_t key[kKeys], weights[kKeys / 2];
     int longest = 0;
     if (fits) {
