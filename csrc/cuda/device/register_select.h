@@ -28,7 +28,7 @@ struct RegisterSelect {
     uint32_t lowest[kWarps], highest[kWarps];
     uint32_t few_keys[32];
     int few_weights[32];
-    int few, digit, rest, weight;
+    int few, digit, rest;
   };
   RadixSelect<kThreads>& memory;  // its histogram and scan
   Shared& shared;
@@ -104,7 +104,7 @@ struct RegisterSelect {
     uint4* bins = reinterpret_cast<uint4*>(memory.histogram);
 #pragma unroll
     for (int i = threadIdx.x; i < kBins / 4; i += kThreads) bins[i] = make_uint4(0, 0, 0, 0);
-    if (threadIdx.x == 0) shared.few = shared.digit = 0, shared.rest = want, shared.weight = -1;
+    if (threadIdx.x == 0) shared.few = shared.digit = 0, shared.rest = want;
   }
 
   // The bin that holds the want-th unit of weight from the top; thread t owns the t-th group from the top.
@@ -121,13 +121,13 @@ struct RegisterSelect {
     for (int i = 0; i < kBinsPerThread; ++i) sum += bin[i];
     int above = memory.scan.exclusive_sum(sum, &total);
     if (above >= want || above + sum < want) return;
-    int digit = 0, rest = 0, weight = 0;
+    int digit = 0, rest = 0;
 #pragma unroll
     for (int i = kBinsPerThread - 1; i >= 0; --i) {
-      if (above < want && above + bin[i] >= want) digit = first + i, rest = want - above, weight = bin[i];
+      if (above < want && above + bin[i] >= want) digit = first + i, rest = want - above;
       above += bin[i];
     }
-    shared.digit = digit, shared.rest = rest, shared.weight = weight;
+    shared.digit = digit, shared.rest = rest;
   }
 
   // The cut-off among the listed keys, in every warp alike.
