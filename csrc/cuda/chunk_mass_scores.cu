@@ -60,25 +60,20 @@ __device__ bool merge_splits(const WgmmaParams& p, const RowTile& tile, bool wri
     for (int split = split0; split < split1; ++split) {
       careful |= p.careful[split * lists + list_of(p, tile, threadIdx.x)] != 0;
     }
-    const int block = tile.first_block + threadIdx.x;
-    const int queries = p.sampled.last_query(block) - block * p.sampled.q_block + 1;
-    const int samples = (queries + p.sampled.q_stride - 1) / p.sampled.q_stride;
+    const int samples = p.sampled.count(tile.first_block + threadIdx.x);
     shared.weight[threadIdx.x] = 1.0f / static_cast<float>(p.list_heads * samples);
   }
   const int slot = threadIdx.x;
   if (slot < C::kSlots) {
     const SlotRow at = slot_row<C>(p, tile, slot);
-    float top = kLowest, sum = 0;
+    PartialSum sum;
     for (int split = split0; at.block >= 0 && split < split1; ++split) {
-      const float2 part = p.partial[(split * lists + list_of(p, tile, at.block)) * p.octets * 8 + at.row];
-      const float both = fmaxf(top, part.x);
-      sum = sum * exp2f(top - both) + part.y * exp2f(part.x - both);
-      top = both;
+      sum.add(p.partial[(split * lists + list_of(p, tile, at.block)) * p.octets * 8 + at.row]);
     }
     const int block = tile.first_block + max(at.block, 0), sample = at.row % p.sampled.samples;
     const bool used = at.block >= 0 && p.sampled.used(block, sample);
-    const float lse = sum > 0 ? top + log2f(sum) : -INFINITY;
-    shared.offset[slot] = used && sum > 0 ? -lse : -INFINITY;
+    const float lse = sum.lse2();
+    shared.offset[slot] = used && sum.sum > 0 ? -lse : -INFINITY;
     if (writes && at.block >= 0) {
       const int batch = tile.pair / p.selection_heads;
       const int head = tile.pair % p.selection_heads * p.list_heads + at.row / p.sampled.samples;

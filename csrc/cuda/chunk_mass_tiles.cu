@@ -25,7 +25,6 @@ namespace {
 constexpr int kWarps = 8, kThreads = 32 * kWarps;
 constexpr int kSplitChunks = 1024;  // of a thread block: 16 tiles, and causal halves come out even
 constexpr int kSubN = 16;           // columns whose accumulators are live at once
-constexpr float kLowest = -1e30f;   // finite, so that a row with no chunk has differences of 0 and a sum of 0
 constexpr float kSlack = 20;        // a row's reference moves when a logit exceeds it by 2^20
 
 template <int kHeadDim_>
@@ -318,17 +317,12 @@ __device__ void merge_lse(const TileParams& p, const RowTile& tile, const ChunkR
   const int split0 = range.first / kSplitChunks, split1 = (range.last + kSplitChunks - 1) / kSplitChunks;
   for (int slot = threadIdx.x; slot < C::kSlots; slot += kThreads) {
     const SlotRow at = slot_row<C>(p, tile, slot);
-    float top = kLowest, sum = 0;
-    for (int split = split0; split < split1; ++split) {
-      const float2 part = partial_of<C>(p, tile, split)[slot];
-      const float both = fmaxf(top, part.x);
-      sum = sum * exp2f(top - both) + part.y * exp2f(part.x - both);
-      top = both;
-    }
+    PartialSum sum;
+    for (int split = split0; split < split1; ++split) sum.add(partial_of<C>(p, tile, split)[slot]);
     const int block = p.first_block + max(at.block, 0), sample = at.row % p.sampled.samples;
     const bool used = at.block >= 0 && p.sampled.used(block, sample);
-    const float lse = sum > 0 ? top + log2f(sum) : -INFINITY;
-    negated[slot] = used && sum > 0 ? -lse : -INFINITY;
+    const float lse = sum.lse2();
+    negated[slot] = used && sum.sum > 0 ? -lse : -INFINITY;
     if (blockIdx.y == 0 && at.block >= 0) {
       const int head = pair % p.selection_heads * p.list_heads + at.row / p.sampled.samples;
       p.row_lse[((static_cast<int64_t>(batch) * p.heads + head) * p.query_blocks + block) * p.sampled.samples +
@@ -367,9 +361,7 @@ __device__ void write_scores(const TileParams& p, const RowTile& tile, int chunk
     const int64_t list = static_cast<int64_t>(tile.pair) * p.blocks + tile.first_block + block;
     const bool cut = p.cut.chunks != nullptr && __ldg(&p.cut.chunks[list].x) == chunk;
     if (columns[column].y == -INFINITY && !cut) sum = 0;
-    const int global = p.first_block + tile.first_block + block;
-    const int queries = p.sampled.last_query(global) - global * p.sampled.q_block + 1;
-    const int samples = (queries + p.sampled.q_stride - 1) / p.sampled.q_stride;
+    const int samples = p.sampled.count(p.first_block + tile.first_block + block);
     float* to = p.scores + list * p.capacity + chunk;
     const float score = sum / static_cast<float>(p.list_heads * samples);
     *to = add ? *to + score : score;

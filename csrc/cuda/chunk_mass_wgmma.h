@@ -38,8 +38,7 @@ namespace dhsa::cuda::mass_wgmma {
 
 constexpr int kGroups = 2;  // warpgroups
 constexpr int kThreads = 128 * kGroups;
-constexpr int kTurnBarrier = 2;    // + warpgroup: it may issue its products
-constexpr float kLowest = -1e30f;  // finite, so that a row with no chunk has differences of 0
+constexpr int kTurnBarrier = 2;  // + warpgroup: it may issue its products
 
 // Which chunks count for the rows of an octet, all of one block: those that begin at or before p1 and end after
 // `after`, and the cut chunk in its own way.

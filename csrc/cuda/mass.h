@@ -33,6 +33,20 @@ struct MassParams {
   __host__ __device__ int rows() const { return list_heads * sampled.samples; }  // of a list and block
 };
 
+constexpr float kLowest = -1e30f;  // finite, so that a row with no chunk has differences of 0 and a sum of 0
+
+// The sum of 2^z over a row's chunks as sum 2^top, put together from parts (top, sum).
+struct PartialSum {
+  float top = kLowest, sum = 0;
+
+  __device__ void add(float2 part) {
+    const float both = fmaxf(top, part.x);
+    sum = sum * exp2f(top - both) + part.y * exp2f(part.x - both);
+    top = both;
+  }
+  __device__ float lse2() const { return sum > 0 ? top + log2f(sum) : -INFINITY; }
+};
+
 // Vectors of the chunks as the kernels want them, made once a call.
 struct MassMeans {
   const float* means = nullptr;     // [pairs, C, D]

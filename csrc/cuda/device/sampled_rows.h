@@ -18,6 +18,8 @@ struct SampledRows {
   // The query of a sample of a block; below the block's first query: the block is short and the entry unused.
   __host__ __device__ int query(int block, int sample) const { return last_query(block) - sample * q_stride; }
   __host__ __device__ bool used(int block, int sample) const { return query(block, sample) >= block * q_block; }
+  // Samples that a block uses.
+  __host__ __device__ int count(int block) const { return (last_query(block) - block * q_block + q_stride) / q_stride; }
   // Where a used sample lies along the third dimension of q, or of the means.
   __host__ __device__ int row(int block, int sample) const {
     return means ? block * samples + sample : query(block, sample);
