@@ -50,7 +50,7 @@ __global__ void __launch_bounds__(kThreads) row_means_kernel(Params p) {
       for (int j = 0; j < kVec<T>; ++j) sum[j] += x[j];
     }
   }
-  T* to = static_cast<T*>(p.rows) + (item / p.pieces * p.pieces + piece) * kVec<T>;
+  T* to = static_cast<T*>(p.rows) + item * kVec<T>;
 #pragma unroll
   for (int j = 0; j < kVec<T>; ++j) from_float(__fdiv_rn(sum[j], static_cast<float>(queries)), to + j);
 }
