@@ -2,8 +2,8 @@
 
 DHSA decodes through dhsa_ext's DecodeStep, always sparsely. Dense attention gets the best that a graph of it can be:
 its step stands still at one length, so that its own kernel reads exactly that many keys without a mask (PinnedStep).
-On a GPU both have the norms, MLPs and rotary embedding of the model compiled (small_parts_compiled): unfused, those are
-most of its 47 launches a layer, and take as long as the attention.
+On a GPU both have the norms, MLPs and rotary embedding of the model and the write to the cache compiled
+(small_parts_compiled): unfused, those are most of its 47 launches a layer, and take as long as the attention.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from transformers import AttentionInterface, DynamicCache
 
+from dhsa_ext import decode_step
 from dhsa_ext.decode_step import DecodeStep
 
 PINNED = "dhsa_bench_pinned"  # no mask is registered under it: transformers then makes none
@@ -60,8 +61,7 @@ class PinnedStep:
         return torch.nn.functional.pad(x, (0, 0, 0, 1))
 
     def update(self, key: Tensor, value: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        self.keys[layer_idx][:, :, -1:] = key
-        self.values[layer_idx][:, :, -1:] = value
+        write_last(self.keys[layer_idx], self.values[layer_idx], key, value)
         return self.keys[layer_idx], self.values[layer_idx]
 
     def _attend(self, module: Any, *arguments: Any, **kwargs: Any) -> Any:
@@ -93,23 +93,31 @@ class PinnedStep:
         return self.run()
 
 
+def write_last(keys: Tensor, values: Tensor, key: Tensor, value: Tensor) -> None:
+    keys[:, :, -1:] = key
+    values[:, :, -1:] = value
+
+
 def _taken(cache: DynamicCache) -> tuple[list[Tensor], list[Tensor]]:
     return [layer.keys for layer in cache.layers], [layer.values for layer in cache.layers]
 
 
 @contextmanager
 def small_parts_compiled(model: Any) -> Iterator[None]:
-    """Norms and MLPs by nn.Module.compile, the rotary embedding's function by torch.compile; undone on leaving."""
+    """Norms and MLPs by nn.Module.compile, rotary embedding and writes to the cache by torch.compile; undone on leaving."""
     parts = [m for m in model.modules() if type(m).__name__.endswith(("RMSNorm", "MLP"))]
-    file, rotary = sys.modules[type(model).__module__], "apply_rotary_pos_emb"
-    plain = getattr(file, rotary)
+    here, model_file = sys.modules[__name__], sys.modules[type(model).__module__]
+    functions = [(model_file, "apply_rotary_pos_emb"), (decode_step, "write_token"), (here, "write_last")]
+    plain = [getattr(module, name) for module, name in functions]
     for part in parts:
         part.compile(dynamic=False)
-    setattr(file, rotary, torch.compile(plain, dynamic=False))
+    for (module, name), function in zip(functions, plain, strict=True):
+        setattr(module, name, torch.compile(function, dynamic=False))
     try:
         yield
     finally:
-        setattr(file, rotary, plain)
+        for (module, name), function in zip(functions, plain, strict=True):
+            setattr(module, name, function)
         for part in parts:
             part._compiled_call_impl = None
 

@@ -131,7 +131,8 @@ cudaError_t launch_scores(const WgmmaParams& p, DType dtype, cudaStream_t stream
     const auto run = [&](auto element) {
       using T = decltype(element);
       if (p.softcap > 0) return launch<C>(score_kernel<T, C::kHeadDim, true, 0>, p, grid, stream);
-      const auto kernel = p.octets == 2   ? score_kernel<T, C::kHeadDim, false, 2>
+      const auto kernel = p.octets == 1   ? score_kernel<T, C::kHeadDim, false, 1>
+                          : p.octets == 2 ? score_kernel<T, C::kHeadDim, false, 2>
                           : p.octets == 4 ? score_kernel<T, C::kHeadDim, false, 4>
                                           : score_kernel<T, C::kHeadDim, false, 0>;
       return launch<C>(kernel, p, grid, stream);

@@ -22,7 +22,6 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from transformers import AttentionInterface, DynamicCache
 
@@ -43,6 +42,12 @@ def _attend(
     assert step is not None
     out = step.attend(module.layer_idx, query, key, value, scaling, softcap or 0.0)
     return out.transpose(1, 2).contiguous(), None
+
+
+def write_token(keys: Tensor, values: Tensor, slot: Tensor, key: Tensor, value: Tensor) -> None:
+    """One token's key and value [B, Hkv, 1, D] into buffers [B, Hkv, N, D] at slot, int64 [1]; compiled, one launch."""
+    keys.index_copy_(2, slot, key)
+    values.index_copy_(2, slot, value)
 
 
 class DecodeStep:
@@ -92,8 +97,7 @@ class DecodeStep:
         """As a Cache: write the new token's key and value [B, Hkv, 1, D], give the layer's buffers."""
         window = self.windows[layer_idx]
         slot = self.position if window is None else self.position % self.keys[layer_idx].shape[2]
-        self.keys[layer_idx].index_copy_(2, slot, key)
-        self.values[layer_idx].index_copy_(2, slot, value)
+        write_token(self.keys[layer_idx], self.values[layer_idx], slot, key, value)
         return self.keys[layer_idx], self.values[layer_idx]
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float | None, softcap: float) -> Tensor:
@@ -149,28 +153,33 @@ class DecodeStep:
         """ChunkIndex.extend by one key, for all rows of all sparse layers at once."""
         window, most = self.config.boundary_window, MAX_OPEN_CHUNK
         n = self._device_length
-        ago = torch.arange(-2 * window, 0, device=n.device)
-        # Eight bytes at a time: torch gathers from over 2^31 elements in several launches.
-        words = self._stacked_keys.view(torch.int64).flatten(0, 1)
-        recent = words.index_select(2, (n + ago).clamp_(min=0)).view(self._stacked_keys.dtype)
+        recent = self._rows_at((n + self._ago).clamp_(min=0)[None])
         score = ops.boundary_scores(recent, window)[:, window].view_as(self.starts)
         t = (n - window).expand_as(self.starts)
         open_length = t - self.starts
         cut = ((open_length > self.config.nms_radius) & (score > self.bars)) | (open_length == most)
 
-        chunk = (self.starts.view(-1, 1) + torch.arange(most, device=n.device)).clamp_(max=self.capacity - 1)
-        chunk = words.gather(2, chunk.long()[:, None, :, None].expand(-1, words.shape[1], -1, words.shape[3]))
-        chunk = chunk.view(self._stacked_keys.dtype)
-        ends = F.pad(open_length.clamp(0, most).view(-1, 1), (1, 0)).int()
-        pooled = ops.chunk_pool(chunk, ends, torch.ones_like(ends[:, 0]), self.pooled.shape[2], self._scale)
+        chunk = self._rows_at((self.starts.view(-1, 1) + self._within).clamp_(max=self.capacity - 1))
+        torch.clamp(open_length.view(-1), 0, most, out=self._ends[:, 1])
+        pooled = ops.chunk_pool(chunk, self._ends, self._one_chunk, self.pooled.shape[2], self._scale)
         # Where nothing is cut, the column past the last chunk is written, which nobody reads.
         column = self.num_chunks.view(*self.num_chunks.shape, 1, 1, 1).long()
         self.pooled.scatter_(3, column.expand(-1, -1, *self.pooled.shape[2:3], -1, self.pooled.shape[4]),
                              pooled.view(*self.pooled.shape[:3], 1, -1))  # fmt: skip
-        self.starts.copy_(torch.where(cut, t, self.starts))
+        torch.where(cut, t, self.starts, out=self.starts)
         self.num_chunks += cut
-        past = torch.arange(self.offsets.shape[2], device=n.device) >= self.num_chunks[..., None]
-        self.offsets.copy_(torch.where(past, self.starts[..., None], self.offsets))
+        past = self._columns >= self.num_chunks[..., None]
+        torch.where(past, self.starts[..., None], self.offsets, out=self.offsets)
+
+    def _rows_at(self, positions: Tensor) -> Tensor:
+        """Keys [L B, Hkv, n, D] of the sparse layers at positions [L B or 1, n], in one launch.
+
+        Whole rows of eight-byte words: torch gathers along an inner dimension of over 2^31 elements in several.
+        """
+        keys = self._stacked_keys
+        rows = (self._first_rows + positions[:, None]).flatten()
+        words = keys.view(torch.int64).flatten(0, 3).index_select(0, rows)
+        return words.view(keys.dtype).view(*self._first_rows.shape[:2], -1, keys.shape[4])
 
     # ---- capture
 
@@ -258,6 +267,15 @@ class DecodeStep:
         self.pooled = torch.stack([padded(x.pooled, 2, room) for x in indices])
         self.bars = torch.stack([x.bars for x in indices])
         self._scale = indices[0].scale
+
+        # What _decide_cuts reads and never changes, and the ends of the one chunk that it pools.
+        device, lists, kv_heads = self.starts.device, self.starts.numel(), self._stacked_keys.shape[2]
+        self._first_rows = torch.arange(lists * kv_heads, device=device).view(lists, kv_heads, 1) * self.capacity
+        self._ago = torch.arange(-2 * config.boundary_window, 0, device=device)
+        self._within = torch.arange(MAX_OPEN_CHUNK, device=device)
+        self._columns = torch.arange(self.offsets.shape[2], device=device)
+        self._ends = torch.zeros(lists, 2, dtype=torch.int32, device=device)
+        self._one_chunk = torch.ones(lists, dtype=torch.int32, device=device)
 
 
 class _Registered:
