@@ -81,9 +81,10 @@ TARGETS = (
     Target("32k-full", "whole", "x_sdpa cudnn", 0.75, 0.9),
     Target("128k", "whole", "extra_mib", 32, 16, more=False),
     Target("128k-kv64", "whole", "extra_mib", 96, 72, more=False),
-    Target("128k-accurate", "whole", "router_ms", 7.0, 4.5, more=False),
+    Target("128k-accurate-q64", "whole", "router_ms", 7.0, 4.5, more=False),
+    Target("128k-accurate-q64", "paper, twice the keys", "times_whole", 0.8, 1.0),
     Target("128k-accurate", "paper, twice the keys", "times_whole", 0.8, 1.0),
-    Target("32k-accurate", "whole", "router_ms", 1.8, 1.2, more=False),
+    Target("32k-accurate-q64", "whole", "router_ms", 1.8, 1.2, more=False),
     Target("decode", "sparse_decode S=1", "us", 30, 20, more=False),
     Target("decode", "sparse_decode S=Hkv", "us", 45, 28, more=False),
 )
@@ -290,9 +291,10 @@ PREFILL_ROWS: dict[str, tuple[str, tuple[str, ...]]] = {  # row: shape, contesta
     "128k-kv64": ("128k-kv64", ("whole", "attention A")),
     "32k-d256": ("32k-d256", ("whole", "attention A", *PEERS)),
     "32k-d64": ("32k-d64", ("whole", "attention A", "attention B", *PEERS)),
-    "128k-accurate": ("128k-accurate", ("whole", "attention A", "paper, twice the keys")),
-    "32k-accurate": ("32k-accurate", ("whole", "attention A", "paper, twice the keys")),
-    "8k-accurate": ("8k-accurate", ("whole", "attention A", "paper, twice the keys")),
+    **{
+        label: (label, ("whole", "attention A", "paper, twice the keys"))
+        for label in ("128k-accurate", "128k-accurate-q64", "32k-accurate", "32k-accurate-q64", "8k-accurate")
+    },
     "32k-full": ("32k-full", ("whole", "attention A", "attention dense", *PEERS)),
     # FlexAttention and flash-attn-4 compile for each length, some 10 to 30 seconds.
     "blocks-8k": ("8k", _BLOCKS),

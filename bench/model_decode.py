@@ -104,7 +104,7 @@ def _taken(cache: DynamicCache) -> tuple[list[Tensor], list[Tensor]]:
 
 @contextmanager
 def small_parts_compiled(model: Any) -> Iterator[None]:
-    """Norms and MLPs by nn.Module.compile, rotary embedding and writes to the cache by torch.compile; undone on leaving."""
+    """Norms and MLPs by nn.Module.compile, rotary embedding and cache writes by torch.compile; undone on leaving."""
     parts = [m for m in model.modules() if type(m).__name__.endswith(("RMSNorm", "MLP"))]
     here, model_file = sys.modules[__name__], sys.modules[type(model).__module__]
     functions = [(model_file, "apply_rotary_pos_emb"), (decode_step, "write_token"), (here, "write_last")]

@@ -32,7 +32,7 @@ class Shape:
     nms_radius: int = 8
     chunk_size: int = 16  # at most seqlen_k // chunk_size chunks
     refine: int = 0  # 0: the paper's choice; more: the accurate mode, chunk_mass and then refine_keys
-    q_stride: int = 16  # of the accurate mode, and the next: its preset on long prompts
+    q_stride: int = 8  # of the accurate mode, and the next
     rows: str = "mean"
 
     @property
@@ -85,14 +85,18 @@ GPU = {
         Shape("32k-d64", "small heads: half the work for each exponential", 32768, 2048, head_dim=64),
         Shape(
             "128k-accurate", "the accurate preset: what a better choice of keys costs",
-            131072, 1024, q_block=64, select_heads=8, sink=16, local=64, refine=4,
+            131072, 1024, select_heads=8, sink=16, local=64, refine=8, q_stride=64,
         ),
+        Shape("32k-accurate", "the same on a long document", 32768, 1024, select_heads=8, sink=16, local=64, refine=8,
+              q_stride=64),
         Shape(
-            "32k-accurate", "the same on a long document",
-            32768, 1024, q_block=64, select_heads=8, sink=16, local=64, refine=4,
+            "128k-accurate-q64", "its small query blocks at such lengths: twice the lists, half the candidates each",
+            131072, 1024, q_block=64, select_heads=8, sink=16, local=64, refine=4, q_stride=32,
         ),
+        Shape("32k-accurate-q64", "the same on a long document", 32768, 1024, q_block=64, select_heads=8, sink=16,
+              local=64, refine=4, q_stride=32),
         Shape(
-            "8k-accurate", "and on a short prompt, where the preset takes twice the candidates and rows",
+            "8k-accurate", "and on a short prompt, where the preset has small blocks and many rows",
             8192, 1024, q_block=64, select_heads=8, sink=16, local=64, refine=8, q_stride=8,
         ),
         Shape("32k-full", "every key kept: dense attention's answer, so a dense kernel is the bar", 32768, 32768),

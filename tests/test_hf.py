@@ -494,7 +494,7 @@ def test_presets_are_the_specs():
     assert (paper.q_block, paper.pool, paper.score, paper.refine) == (128, "sqrt", "dot", 0)
     assert (paper.sink, paper.local, paper.dense_tail, paper.decode) == (128, 128, 64, "dense")
     assert paper.heads(8, 2) == 1 and paper.max_chunks(4096) == 256
-    assert (accurate.q_block, accurate.pool, accurate.score, accurate.refine) == (64, "mean", "mass", "auto")
+    assert (accurate.q_block, accurate.pool, accurate.score, accurate.refine) == ("auto", "mean", "mass", "auto")
     assert (accurate.sink, accurate.local, accurate.dense_tail) == (16, 64, 0)
     assert (accurate.q_stride, accurate.rows, paper.q_stride, paper.rows) == ("auto", "mean", 8, "sample")
     assert accurate.decode == "sparse" and accurate.heads(8, 2) == 2
@@ -503,14 +503,29 @@ def test_presets_are_the_specs():
     assert str(DHSAConfig("paper", q_block=64)) == "DHSAConfig(preset='paper', budget=1024, q_block=64)"
 
 
-@pytest.mark.parametrize(("keys", "refine", "q_stride"), [(100, 8, 8), (16384, 8, 8), (16385, 4, 16), (200_000, 4, 16)])
-def test_auto_follows_the_number_of_keys(keys, refine, q_stride):
-    config = DHSAConfig("accurate")
-    assert config.prefill_args(4, 2, keys)["refine"] == config.decode_args(keys)["refine"] == refine
-    assert config.prefill_args(4, 2, keys)["q_stride"] == q_stride
-    assert config.prefill_args(4, 2, keys)["rows"] == "mean"
-    for given in (0, 3):
-        assert DHSAConfig("accurate", refine=given).decode_args(keys)["refine"] == given
+@pytest.mark.parametrize(
+    ("settings", "keys", "q_block", "q_stride", "refine", "decode_refine"),
+    [
+        ({}, 100, 64, 8, 8, 8),
+        ({}, 16384, 64, 8, 8, 8),
+        ({}, 16385, 128, 64, 8, 4),
+        ({"q_block": 64}, 200_000, 64, 32, 4, 4),
+        ({"q_block": 1}, 200_000, 1, 1, 4, 4),
+        ({"budget": 512}, 8192, 64, 8, 16, 16),
+        ({"budget": 512}, 16385, 64, 32, 8, 8),
+        ({"budget": 690, "sink": 500}, 16385, 64, 32, 4, 4),  # no room for 128 queries' own keys
+        ({"q_block": 32, "q_stride": 5, "refine": 3}, 16385, 32, 5, 3, 3),
+        ({"refine": 0}, 16385, 128, 64, 0, 0),
+    ],
+)
+def test_auto_follows_keys_and_budget(settings, keys, q_block, q_stride, refine, decode_refine):
+    config = DHSAConfig("accurate", **settings)
+    settled = config.over(keys)
+    assert (settled.q_block, settled.q_stride, settled.refine) == (q_block, q_stride, refine)
+    prefill = config.prefill_args(4, 2, keys)
+    assert (prefill["q_block"], prefill["q_stride"], prefill["refine"]) == (q_block, q_stride, refine)
+    assert prefill["rows"] == "mean" and config.decode_args(keys)["refine"] == decode_refine
+    assert settled.over(keys) == settled == settled.over(1)
 
 
 @pytest.mark.parametrize("preset, least", [("paper", 128 + 128 + 127), ("accurate", 16 + 64 + 63)])
@@ -530,7 +545,7 @@ def test_sparse_decode_must_hold_the_open_tail():
     [
         (dict(preset="best"), "preset: expected one of 'paper', 'accurate', got 'best'"),
         (dict(select_heads="all"), "select_heads"),
-        (dict(q_block=0), "q_block: expected an integer of at least 1, got 0"),
+        (dict(q_block=0), 'q_block: expected an integer of at least 1 or "auto", got 0'),
         (dict(sink=-1), "sink"),
         (dict(rows="max"), "rows: expected one of 'sample', 'mean', got 'max'"),
         (dict(refine="most"), "refine: expected an integer of at least 0 or \"auto\", got 'most'"),

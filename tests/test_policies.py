@@ -195,10 +195,10 @@ def test_coverage_stops_at_the_cap_and_estimates_from_few_candidates():
 
 def test_accurate_takes_refine_from_its_argument_else_its_config_else_the_preset():
     q, k, _ = inputs(11, q_len=400)
-    runs = {given: policies.accurate(q, k, small(), refine=given)[0] for given in (1, 8)}
-    assert not torch.equal(runs[1], runs[8])
+    runs = {given: policies.accurate(q, k, small(), refine=given)[0] for given in (1, 16)}
+    assert not torch.equal(runs[1], runs[16])
     assert torch.equal(policies.accurate(q, k, small(refine=1))[0], runs[1])
-    assert torch.equal(policies.accurate(q, k, small(refine=0))[0], runs[8])
+    assert torch.equal(policies.accurate(q, k, small(refine=0))[0], runs[16])
 
 
 def test_accurate_takes_its_rows_from_its_arguments_else_its_config():

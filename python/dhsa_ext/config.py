@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
-from typing import Any, Literal
+from dataclasses import dataclass, fields, replace
+from functools import lru_cache
+from typing import Any, Literal, TypeAlias
+
+IntOrAuto: TypeAlias = Any  # an int or "auto"; Any, because DHSAConfig.over leaves ints only
 
 # A field left at _PRESET takes its preset's value. None of these fields has None as a value of its own.
 _PRESET: Any = None
@@ -17,15 +20,15 @@ PRESETS: dict[str, dict[str, Any]] = {
     # Chunks scored by the attention mass that means of queries would give them, then a token-level refinement; decode
     # sparse.
     "accurate": dict(
-        q_block=64, select_heads="kv", pool="mean", score="mass", refine="auto", q_stride="auto", rows="mean",
+        q_block="auto", select_heads="kv", pool="mean", score="mass", refine="auto", q_stride="auto", rows="mean",
         sink=16, local=64, dense_tail=0, decode="sparse",
     ),
 }  # fmt: skip
 
-# What "auto" stands for. The choice's share of a call grows with its length: beyond LONG_FROM keys half as many tokens
-# go through the token-level stage, and half as many rows are read. docs/choosing-keys.md has what both bring.
-LONG_FROM = 16384
-SHORT, LONG = {"refine": 8, "q_stride": 8}, {"refine": 4, "q_stride": 16}
+# "auto" spends what a call's length and budget leave (docs/choosing-keys.md): over more than LONG_FROM keys the choice
+# would cost more than the attention, so twice as many queries share one; a budget of SMALL_BUDGET or less leaves time
+# for more candidates, and needs them.
+LONG_FROM, SMALL_BUDGET = 16384, 512
 
 # ChunkIndex closes an open chunk at this length at the latest.
 MAX_OPEN_CHUNK = 64
@@ -37,13 +40,13 @@ class DHSAConfig:
 
     preset          "paper" or "accurate": the source of every field left unset
     budget          keys that a query block keeps, the forced ones (sink, local) included
-    q_block         queries that share one choice of keys
+    q_block         queries that share one choice of keys; "auto": 64, and 128 in a long call with room for them
     select_heads    "one" list for all heads, one per "kv" head, or one per "query" head
     pool, score     chunk vectors ("sqrt", "mean", "sum") and what they are scored by ("dot" or "mass")
-    refine          0, or how many times the budget goes through the token-level stage; "auto": 8, and 4 in a call with
-                    more than 16384 keys
+    refine          0, or how many times the budget goes through the token-level stage; "auto": 8, in a short call with
+                    a small budget 16, in a long one with another q_block than 128 (a decode, too) 4
     q_stride, rows  score "mass": of each q_stride queries of a block, the last is read ("sample"), or their "mean";
-                    "auto": 8, and 16 in a call with more than 16384 keys
+                    "auto": 8, and half a block in a long call
     sink, local     keys that are always kept: the first ones, and the nearest ones
     dense_tail      the last queries of a call that keep every key; each piece of a chunked prefill has its own
     decode          "dense", or "sparse": one ChunkIndex per layer chooses the keys of each new token
@@ -57,17 +60,19 @@ class DHSAConfig:
                     the window hides (True), or on transformers' sdpa and its mask (False); soft-capped ones always are
     nms_radius, boundary_window, threshold, strict   as in sparse_prefill
 
+    A call is long with more than 16384 keys, and a budget small up to 512. `over` gives the numbers.
+
     Raises ValueError for an unknown name, a size out of range, or a budget that cannot hold its forced keys.
     """
 
     preset: Literal["paper", "accurate"] = "accurate"
     budget: int = 1024
-    q_block: int = _PRESET
+    q_block: IntOrAuto = _PRESET
     select_heads: Literal["one", "kv", "query"] = _PRESET
     pool: Literal["sqrt", "mean", "sum"] = _PRESET
     score: Literal["dot", "mass"] = _PRESET
-    refine: int | Literal["auto"] = _PRESET
-    q_stride: int | Literal["auto"] = _PRESET
+    refine: IntOrAuto = _PRESET
+    q_stride: IntOrAuto = _PRESET
     rows: Literal["sample", "mean"] = _PRESET
     sink: int = _PRESET
     local: int = _PRESET
@@ -96,9 +101,9 @@ class DHSAConfig:
         _one_of("score", self.score, ("dot", "mass"))
         _one_of("rows", self.rows, ("sample", "mean"))
         _one_of("decode", self.decode, ("dense", "sparse"))
-        for name in ("q_block", "chunk_size", "boundary_window"):
+        for name in ("chunk_size", "boundary_window"):
             _at_least(name, getattr(self, name), 1)
-        for name, least in (("refine", 0), ("q_stride", 1)):
+        for name, least in (("q_block", 1), ("refine", 0), ("q_stride", 1)):
             if getattr(self, name) != "auto":
                 _at_least(name, getattr(self, name), least, ' or "auto"')
         for name in ("sink", "local", "dense_tail", "nms_radius", "min_length", "segment"):
@@ -119,9 +124,12 @@ class DHSAConfig:
     @property
     def smallest_budget(self) -> int:
         """The forced keys of one block: sink, local and the block itself; in sparse decode the open tail as well."""
-        prefill = self.sink + self.local + self.q_block - 1
+        prefill = self._forced(64 if self.q_block == "auto" else self.q_block)
         decode = self.sink + max(self.local, MAX_OPEN_CHUNK - 1 + self.boundary_window)
         return max(prefill, decode) if self.decode == "sparse" else prefill
+
+    def _forced(self, q_block: int) -> int:
+        return self.sink + self.local + q_block - 1
 
     @property
     def dense_below(self) -> int:
@@ -136,32 +144,45 @@ class DHSAConfig:
         """The quota of chunks: of the whole row, or of one segment."""
         return max(1, (self.segment or seqlen_k) // self.chunk_size)
 
-    def effort_over(self, seqlen_k: int) -> dict[str, int]:
-        """`refine` and `q_stride` as numbers, as in a call over so many keys."""
-        usual = SHORT if seqlen_k <= LONG_FROM else LONG
-        return {name: n if getattr(self, name) == "auto" else getattr(self, name) for name, n in usual.items()}
+    def over(self, seqlen_k: int) -> DHSAConfig:
+        """The same config with a number for each "auto", as in a prefill over so many keys."""
+        return _settled(self, seqlen_k > LONG_FROM)
 
     def prefill_args(self, query_heads: int, kv_heads: int, seqlen_k: int) -> dict[str, Any]:
         """Keyword arguments of ops.sparse_prefill for this config, over seqlen_k keys."""
         same = (
-            "budget", "q_block", "score", "pool", "rows", "sink", "local", "dense_tail",
+            "budget", "q_block", "score", "pool", "refine", "q_stride", "rows", "sink", "local", "dense_tail",
             "boundary_window", "nms_radius", "threshold", "segment", "strict",
         )  # fmt: skip
-        arguments = {name: getattr(self, name) for name in same} | self.effort_over(seqlen_k)
+        settled = self.over(seqlen_k)
+        arguments = {name: getattr(settled, name) for name in same}
         arguments["max_chunks"] = self.max_chunks(seqlen_k)
         arguments["select_heads"] = self.heads(query_heads, kv_heads)
         return arguments
 
     def decode_args(self, seqlen_k: int) -> dict[str, Any]:
         """Keyword arguments of ops.sparse_decode for this config, over seqlen_k keys or a cache with room for them."""
-        arguments = {name: getattr(self, name) for name in ("budget", "score", "sink", "local")}
-        return arguments | {"refine": self.effort_over(seqlen_k)["refine"]}
+        settled = replace(self, q_block=1).over(seqlen_k)
+        return {name: getattr(settled, name) for name in ("budget", "score", "refine", "sink", "local")}
 
     def __str__(self) -> str:
         set_here = {f.name: getattr(self, f.name) for f in fields(self)}
         unset = {**PRESETS[self.preset], **{f.name: f.default for f in fields(self) if f.default is not _PRESET}}
         changed = [f"{k}={v!r}" for k, v in set_here.items() if k not in ("preset", "budget") and v != unset.get(k)]
         return f"DHSAConfig({', '.join([f'preset={self.preset!r}', f'budget={self.budget}', *changed])})"
+
+
+@lru_cache(maxsize=64)  # asked for by every layer and token
+def _settled(config: DHSAConfig, long: bool) -> DHSAConfig:
+    small = config.budget <= SMALL_BUDGET
+    q_block = config.q_block
+    if q_block == "auto":
+        q_block = 128 if long and not small and config._forced(128) <= config.budget else 64
+    if long:
+        numbers = {"q_stride": max(1, q_block // 2), "refine": 8 if small or q_block == 128 else 4}
+    else:
+        numbers = {"q_stride": 8, "refine": 16 if small else 8}
+    return replace(config, q_block=q_block, **{n: x for n, x in numbers.items() if getattr(config, n) == "auto"})
 
 
 def _one_of(name: str, value: object, known: tuple[str, ...]) -> None:

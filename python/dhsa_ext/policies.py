@@ -35,6 +35,7 @@ def attend(
     scale: float | None = None, softcap: float = 0.0, return_lse: bool = False,
 ) -> Any:  # fmt: skip
     """Attention over the keys that `policy` chooses: out [B, H, Lq, D], and with return_lse the lse [B, H, Lq]."""
+    config = config.over(k.shape[2])
     runs, num_runs = policy(q, k, config, scale=scale, softcap=softcap)
     return ops.sparse_attention(
         q, k, v, runs, num_runs, config.q_block, scale=scale, softcap=softcap, return_lse=return_lse
@@ -120,7 +121,7 @@ def block_sparse(
     q: Tensor, k: Tensor, config: DHSAConfig, scale: float | None = None, softcap: float = 0.0, block: int = 64
 ) -> tuple[Tensor, Tensor]:
     """Fixed blocks of keys, each scored by the product of the block's mean and the query block's mean."""
-    heads = config.heads(q.shape[1], k.shape[1])
+    config, heads = config.over(k.shape[2]), config.heads(q.shape[1], k.shape[1])
     chunks = fixed_chunks(k, block)
     k_mean = ops.chunk_pool(k, *chunks, heads, "mean")
     scores = ops.chunk_scores(ops.query_pool(q, heads, config.q_block, "mean"), k_mean)
@@ -151,12 +152,14 @@ def a_shape(
 
     The nearest keys never fall below the forced ones, local + q_block - 1.
     """
+    config = config.over(k.shape[2])
     most = config.budget - config.local - config.q_block + 1
     return _first_and_nearest(q, k, config, min(int(first * config.budget), most), config.budget)
 
 
 def _first_and_nearest(q: Tensor, k: Tensor, config: DHSAConfig, first: int, budget: int) -> tuple[Tensor, Tensor]:
     """Keys [0, first) and the budget - first keys up to each block's end; one list for all heads."""
+    config = config.over(k.shape[2])
     end = block_ends(q, k, config.q_block)
     begin = (end - (budget - first)).clamp(min=0)
     one = (begin <= first) | dense_blocks(q, config)  # the two runs touch: merged
@@ -185,6 +188,7 @@ def oracle(
         "attention, for study only"
     )
     heads, seqlen_k = config.heads(q.shape[1], k.shape[1]), k.shape[2]
+    config = config.over(seqlen_k)
     ends, whole = block_ends(q, k, config.q_block).tolist(), dense_blocks(q, config)
     kept = torch.zeros(q.shape[0], heads, len(ends), seqlen_k, dtype=torch.bool, device=q.device)
     for j, end in enumerate(ends):
@@ -236,11 +240,11 @@ def coverage(
     if not 0 < share <= 1:
         raise ValueError(f"dhsa_ext.policies.coverage: share: expected more than 0 and at most 1, got {share}")
     heads, seqlen_q, seqlen_k = config.heads(q.shape[1], k.shape[1]), q.shape[2], k.shape[2]
-    q_stride = config.effort_over(seqlen_k)["q_stride"]
+    config = config.over(seqlen_k)
     chunks = cut_chunks(k, config) if chunks is None else chunks
     k_mean = ops.chunk_pool(k, *chunks, heads, "mean")
     scores, row_lse = ops.chunk_mass(
-        q, k_mean, *chunks, seqlen_k, config.q_block, q_stride, rows=config.rows, scale=scale, softcap=softcap
+        q, k_mean, *chunks, seqlen_k, config.q_block, config.q_stride, rows=config.rows, scale=scale, softcap=softcap
     )
     wide, num_wide = select(scores, chunks, q, k, replace(config, budget=refine * config.budget))
     ends, whole = block_ends(q, k, config.q_block).tolist(), dense_blocks(q, config).tolist()
@@ -252,9 +256,9 @@ def coverage(
             if end <= 0 or whole[j]:
                 kept[b, :, j, : max(end, 0)] = True
                 continue
-            positions = torch.arange(end - 1, max(begin, 0) - 1, -q_stride, device=q.device)
+            positions = torch.arange(end - 1, max(begin, 0) - 1, -config.q_stride, device=q.device)
             block = begin - (seqlen_k - seqlen_q), end - 1 - (seqlen_k - seqlen_q)  # its first and last query
-            rows = reference._block_rows(q[b], *block, q_stride, config.rows)[:, : len(positions)]
+            rows = reference._block_rows(q[b], *block, config.q_stride, config.rows)[:, : len(positions)]
             rows = rows.float().unflatten(0, (heads, -1))
             lse = row_lse[b, :, j, : len(positions)].unflatten(0, (heads, -1))
             block_scores = scores[b : b + 1, :, j : j + 1].contiguous()

@@ -64,14 +64,14 @@ def choose_keys(
     if config.strict:
         raise ValueError("dhsa_ext.choose_keys: strict: expected False (the stages score whole chunks), got True")
     seqlen_q, seqlen_k = q.shape[2], k.shape[2]
-    effort = config.effort_over(seqlen_k)
+    config = config.over(seqlen_k)
     heads = config.heads(q.shape[1], k.shape[1])
     offsets, num_chunks = cut_chunks(k, config) if chunks is None else chunks
     row_lse = None
     if config.score == "mass":
         k_mean = ops.chunk_pool(k, offsets, num_chunks, heads, "mean")
         chunk_scores, row_lse = ops.chunk_mass(
-            q, k_mean, offsets, num_chunks, seqlen_k, config.q_block, effort["q_stride"],
+            q, k_mean, offsets, num_chunks, seqlen_k, config.q_block, config.q_stride,
             rows=config.rows, scale=scale, softcap=softcap,
         )  # fmt: skip
     else:
@@ -79,10 +79,11 @@ def choose_keys(
         chunk_scores = ops.chunk_scores(ops.query_pool(q, heads, config.q_block), k_pooled)
     sink, local = min(config.sink, seqlen_k), min(config.local, seqlen_k)
     min_chunk = config.nms_radius + 1 if chunks is None and not config.segment else 1
-    if effort["refine"]:
+    if config.refine:
         runs, num_runs = ops.refine_keys(
-            q, k, chunk_scores, row_lse, offsets, num_chunks, config.q_block, config.budget, **effort,
-            sink=sink, local=local, dense_tail=config.dense_tail, rows=config.rows, scale=scale, softcap=softcap,
+            q, k, chunk_scores, row_lse, offsets, num_chunks, config.q_block, config.budget, config.refine,
+            q_stride=config.q_stride, rows=config.rows, sink=sink, local=local, dense_tail=config.dense_tail,
+            scale=scale, softcap=softcap,
         )  # fmt: skip
     else:
         runs, num_runs = ops.select_keys(

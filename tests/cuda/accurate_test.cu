@@ -187,8 +187,10 @@ const std::vector<Shape>& shapes() {
         {1, 16, 1, 1, 200, 390, 256, 64, 8},           // a block spans both warpgroups of a tile
         {1, 32, 1, 1, 100, 350, 128, 32, 4, 60},       // and at head_dim 128
         {1, 16, 2, 2, 130, 6000, 64, 32, 2},           // few tiles: chunks in splits
-        {1, 8, 2, 2, 700, 900, 128, 64, 16},           // two octets, as the accurate preset has
-        {1, 4, 1, 1, 1090, 1090, 256, 64, 16},
+        {1, 8, 2, 2, 700, 900, 128, 64, 16},           // two octets
+        {1, 4, 1, 1, 1090, 1090, 256, 64, 16},         //
+        {1, 8, 2, 2, 1100, 1300, 128, 128, 64},        // one octet, as the accurate preset has on long prompts
+        {2, 8, 2, 2, 1100, 1100, 256, 64, 32},
     };
     std::vector<Shape> both = sampled;
     for (Shape shape : sampled) {
@@ -627,13 +629,13 @@ void time_prefill(int64_t length, bool profile = false) {
   x.softmax.scale = 0.08838835f, x.choice.min_chunk = 9, x.out = out.view, x.lse = out.lse.view;
   SparsePrefill paper = x;
   x.select_heads = 8, x.score = ChunkScore::kMass, x.choice.budget = 1024;
-  x.refine = length > 16384 ? 4 : 8, x.q_stride = length > 16384 ? 16 : 8, x.rows = QueryRows::kMean;
+  x.refine = length > 16384 ? 4 : 8, x.q_stride = length > 16384 ? 32 : 8, x.rows = QueryRows::kMean;
   paper.q_block = 128, paper.choice.budget = 2048, paper.choice.sink = paper.choice.local = 128;
   paper.choice.dense_tail = 64;
 
   const int64_t capacity = length / 16, blocks = length / 64;
   Array<float> boundary(1, length), means(1, 8, capacity, 128), scores(1, 8, blocks, capacity),
-      row_lse(1, 32, blocks, length > 16384 ? 4 : 8);
+      row_lse(1, 32, blocks, length > 16384 ? 2 : 8);
   Array<int> offsets(1, capacity + 1), counts(1), runs(1, 8, blocks, 1024, 2), num_runs(1, 8, blocks);
   BoundaryScores s1 = {k.view, 4, boundary.view};
   SelectBoundaries s2 = {boundary.view, capacity, 8, -INFINITY, 0, offsets.view, counts.view};
