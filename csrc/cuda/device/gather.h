@@ -17,28 +17,67 @@ struct GatherShape {
   static_assert(32 % kRowsPerStep == 0 && kLanesPerRow * kChunksPerLane * 8 == kHeadDim, "whole rows, whole slots");
 };
 
-// Rows key[..] (RunWalker::keys_at) of `base` into the tile; kAbsentKey writes zeros: 0 x what was there might be NaN.
-template <class T, int kHeadDim, int kBlockN, int kWarps>
-__device__ inline void gather_keys(uint32_t smem, const T* base, int64_t row_stride,
-                                   const int32_t (&key)[(kBlockN + 31) / 32], int32_t warp, int32_t lane) {
-  using Shape = GatherShape<kHeadDim, kWarps>;
-  const int32_t row_in_step = warp * Shape::kRowsPerWarp + lane / Shape::kLanesPerRow;
-  const int32_t first_chunk = lane % Shape::kLanesPerRow;
-#pragma unroll
-  for (int32_t i = 0; i < kBlockN / Shape::kRowsPerStep; ++i) {
-    const int32_t row = i * Shape::kRowsPerStep + row_in_step;
-    const int32_t row_key = __shfl_sync(0xffffffffu, key[i * Shape::kRowsPerStep / 32], row % 32);
-    const bool valid = row_key != kAbsentKey;
-    const T* source = base + (valid ? row_key * row_stride : 0);
-#pragma unroll
-    for (int32_t j = 0; j < Shape::kChunksPerLane; ++j) {
-      const int32_t chunk = first_chunk + j * Shape::kLanesPerRow;
-      cp_async_16(smem + SmemTile<kBlockN, kHeadDim>::offset(row, chunk), source + chunk * 8, valid);
-    }
-  }
+// base + key * row_bytes in two multiply-adds. Of the same in C++ the compiler makes four instructions: it counts in
+// elements first and puts factor and base in afterwards.
+__device__ inline const uint8_t* row_address(const uint8_t* base, uint32_t key, uint64_t row_bytes) {
+  const uint8_t* row;
+  asm("mad.lo.u64 %0, %1, %2, %3;" : "=l"(row) : "l"(uint64_t(key)), "l"(row_bytes), "l"(base));
+  return row;
 }
 
-// The same by one warp, for keys listed in shared memory: a group of lanes takes consecutive rows, four keys a load.
+// Copies the rows of K and V that `keys`, a list in shared memory, names, into a tile of K and one of V behind it, by
+// kWarps warps: a group of lanes takes 2 kPairs consecutive rows, two with each copy_pair(), so that other work can
+// stand between. kAbsentKey writes zeros: 0 x what was there might be NaN.
+template <class T, int kHeadDim, int kBlockN, int kWarps>
+class KeyGather {
+ public:
+  using Shape = GatherShape<kHeadDim, kWarps>;
+  static constexpr int kPairs = kBlockN / Shape::kRowsPerStep / 2;
+
+  __device__ KeyGather(uint32_t smem, const T* k, const T* v, int64_t k_row_stride, int64_t v_row_stride,
+                       const int32_t* keys, int32_t warp, int32_t lane)
+      : first_chunk_(lane % Shape::kLanesPerRow),
+        first_row_((warp * Shape::kRowsPerWarp + lane / Shape::kLanesPerRow) * 2 * kPairs),
+        smem_(smem),
+        keys_(keys + first_row_),
+        k_(reinterpret_cast<const uint8_t*>(k) + first_chunk_ * 16),
+        v_(reinterpret_cast<const uint8_t*>(v) + first_chunk_ * 16),
+        k_row_bytes_(k_row_stride * sizeof(T)),
+        v_row_bytes_(v_row_stride * sizeof(T)) {
+    static_assert(kPairs >= 1 && 4 % kPairs == 0, "a group's rows must differ in the low bits only, which swizzle");
+  }
+
+  // Rows 2 pair and 2 pair + 1 of the lane's group.
+  __device__ void copy_pair(int32_t pair) const {
+    const int2 keys = *reinterpret_cast<const int2*>(keys_ + 2 * pair);
+    copy_row(2 * pair, keys.x);
+    copy_row(2 * pair + 1, keys.y);
+  }
+
+ private:
+  using Tile = SmemTile<kBlockN, kHeadDim>;
+
+  __device__ void copy_row(int32_t i, int32_t key) const {
+    const bool valid = key != kAbsentKey;
+    const uint8_t* const k_row = row_address(k_, valid ? key : 0, k_row_bytes_);
+    const uint8_t* const v_row = row_address(v_, valid ? key : 0, v_row_bytes_);
+#pragma unroll
+    for (int32_t j = 0; j < Shape::kChunksPerLane; ++j) {
+      const uint32_t chunk = smem_ + Tile::offset(first_row_, first_chunk_ + j * Shape::kLanesPerRow);
+      const uint32_t to = (chunk ^ (i << 4)) + i * 128;
+      cp_async_16(to, k_row + j * Shape::kLanesPerRow * 16, valid);
+      cp_async_16(to + Tile::kBytes, v_row + j * Shape::kLanesPerRow * 16, valid);
+    }
+  }
+
+  int32_t first_chunk_, first_row_;
+  uint32_t smem_;
+  const int32_t* keys_;
+  const uint8_t *k_, *v_;
+  uint64_t k_row_bytes_, v_row_bytes_;
+};
+
+// Listed rows of `base` into one tile, by one warp: a group of lanes takes consecutive rows, four keys a load.
 // kWhole: none is kAbsentKey.
 template <class T, int kHeadDim, int kBlockN, bool kWhole>
 __device__ inline void copy_listed_rows(uint32_t smem, const T* base, int64_t row_stride, const int32_t* keys,

@@ -64,6 +64,17 @@ class RunWalker {
     return position < min(window_end_, kMaxListKeys);
   }
 
+  // Brings kRuns runs behind those already loaded closer: a step over many windows would wait for each on its own.
+  template <int kRuns>
+  __device__ void prefetch() const {
+    constexpr int kRunsPerLine = 128 / sizeof(int2);
+    static_assert(kRuns <= 32 * kRunsPerLine, "a line for each lane");
+    const int32_t run = next_ + 32 + lane_ * kRunsPerLine;
+    if (lane_ < kRuns / kRunsPerLine && run < num_runs_) {
+      asm volatile("prefetch.global.L1 [%0];" : : "l"(runs_ + run));
+    }
+  }
+
  private:
   __device__ int2 load(int32_t i) const { return i < num_runs_ ? __ldg(runs_ + i) : make_int2(0, 0); }
 

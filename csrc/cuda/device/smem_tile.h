@@ -19,6 +19,13 @@ struct SmemTile {
   static __device__ uint32_t offset(int32_t row, int32_t chunk) {
     return (chunk / 8) * kPanelBytes + row * 128 + (((chunk ^ row) & 7) << 4);
   }
+
+  // The address `rows` rows and `chunks` chunks on from `start`, that of a chunk of a tile: one XOR where both are
+  // known at compile time. `chunks` is even and start's chunk the first or second of its panel's, `rows` a multiple
+  // of 8.
+  static __device__ uint32_t step(uint32_t start, int32_t rows, int32_t chunks) {
+    return (start ^ (chunks % 8 << 4)) + (chunks / 8 * kPanelBytes + rows * 128);
+  }
 };
 
 }  // namespace dhsa::cuda
