@@ -131,10 +131,13 @@ cudaError_t launch_scores(const WgmmaParams& p, DType dtype, cudaStream_t stream
     const auto run = [&](auto element) {
       using T = decltype(element);
       if (p.softcap > 0) return launch<C>(score_kernel<T, C::kHeadDim, true, 0>, p, grid, stream);
-      const auto kernel = p.octets == 1   ? score_kernel<T, C::kHeadDim, false, 1>
-                          : p.octets == 2 ? score_kernel<T, C::kHeadDim, false, 2>
-                          : p.octets == 4 ? score_kernel<T, C::kHeadDim, false, 4>
-                                          : score_kernel<T, C::kHeadDim, false, 0>;
+      // The accurate preset's rows: four octets of a block, one on long prompts. A kernel takes 4 s to compile, so that
+      // only the most common head_dim has them.
+      auto kernel = score_kernel<T, C::kHeadDim, false, 0>;
+      if constexpr (C::kHeadDim == 128) {
+        if (p.octets == 1) kernel = score_kernel<T, C::kHeadDim, false, 1>;
+        if (p.octets == 4) kernel = score_kernel<T, C::kHeadDim, false, 4>;
+      }
       return launch<C>(kernel, p, grid, stream);
     };
     return dtype == DType::kFloat16 ? run(__half()) : run(__nv_bfloat16());
