@@ -30,6 +30,9 @@ bool machine_has_avx512() {  // the machine and its system: the compiler's runti
 
 #if defined(DHSA_HAVE_AVX512BF16)
 bool machine_has_avx512bf16() { return machine_has_avx512() && __builtin_cpu_supports("avx512bf16"); }
+
+// Zen 4 multiplies pairs at twice the rate of float32, a Xeon with AMX at half of it (docs/attention_cpu.md).
+bool pairs_are_fast() { return __builtin_cpu_is("amd"); }
 #endif
 
 #if defined(DHSA_HAVE_NEONFHM)
@@ -47,6 +50,7 @@ bool machine_has_neonbf16() { return machine_has_neonfhm() && (getauxval(AT_HWCA
 struct Isa {
   const Kernels* kernels;
   bool (*machine_has)();
+  bool (*preferred)() = always;  // chosen without being asked for by name
 };
 
 // In rising order of preference; a new ISA is one row here and one folder.
@@ -59,7 +63,7 @@ const Isa kIsas[] = {
     {&kAvx512Kernels, machine_has_avx512},
 #endif
 #if defined(DHSA_HAVE_AVX512BF16)
-    {&kAvx512bf16Kernels, machine_has_avx512bf16},
+    {&kAvx512bf16Kernels, machine_has_avx512bf16, pairs_are_fast},
 #endif
 #if defined(DHSA_HAVE_NEON)
     {&kNeonKernels, always},  // part of the armv8-a baseline
@@ -86,7 +90,8 @@ const Kernels& choose(const char* forced) {
   const bool any = forced == nullptr || *forced == '\0';
   const Kernels* best = nullptr;
   for (const Isa& isa : kIsas) {
-    if ((any || std::string(forced) == isa.kernels->name) && isa.machine_has()) best = isa.kernels;
+    const bool named = any ? isa.preferred() : std::string(forced) == isa.kernels->name;
+    if (named && isa.machine_has()) best = isa.kernels;
   }
   if (best == nullptr) {
     throw std::runtime_error(std::string("DHSA_FORCE_ISA: expected one of ") + isas_detected() +

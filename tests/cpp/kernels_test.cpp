@@ -24,9 +24,11 @@ TEST(Isa, active_one_is_detected_and_forced_by_name) {
   const std::string detected = std::string(",") + cpu::isas_detected() + ",", active = cpu::isa_active();
   EXPECT_NE(detected.find("," + active + ","), std::string::npos);
   const char* forced = std::getenv("DHSA_FORCE_ISA");
-  EXPECT_EQ(active, forced != nullptr && *forced != '\0'
-                        ? forced
-                        : detected.substr(detected.rfind(',', detected.size() - 2) + 1, active.size()));
+  if (forced != nullptr && *forced != '\0') {
+    EXPECT_EQ(active, forced);
+  } else if (active != "avx512") {  // which machines with slow bfloat16 pairs prefer to the last one
+    EXPECT_EQ(active, detected.substr(detected.rfind(',', detected.size() - 2) + 1, active.size()));
+  }
 }
 
 TEST(HalfTypes, every_half_widens_as_its_bits_say) {
