@@ -93,40 +93,46 @@ struct Rows {
   int64_t count() const { return heads * queries; }
 };
 
-void load_queries(const AttentionArgs& args, const Rows& rows, const AttentionScratch& scratch) {
+void load_queries(const AttentionArgs& args, const Rows& rows, float scale, float* to) {
   for (int64_t h = 0; h < rows.heads; ++h) {
     args.kernels->load_rows[args.q.dtype](args.q.at(rows.b, rows.first_head + h, rows.first_query), args.q.row,
-                                          rows.queries, args.head_dim, args.softmax.scale,
-                                          scratch.q + h * rows.queries * args.head_dim);
+                                          rows.queries, args.head_dim, scale, to + h * rows.queries * args.head_dim);
   }
 }
 
 // Tiles multiply bfloat16 pairs where the ISA can: queries stay as they are, scores are scaled, and probabilities are
 // rounded to bfloat16, as tensor cores would have them.
 bool uses_pairs(const AttentionArgs& args) {
-  return args.kernels->gemm_pairs != nullptr && args.k.dtype == static_cast<int>(DType::kBFloat16);
+  return args.kernels->pack_key_pairs != nullptr && args.k.dtype == static_cast<int>(DType::kBFloat16);
 }
 
-void copy_queries(const AttentionArgs& args, const Rows& rows, const AttentionScratch& scratch) {
-  uint16_t* to = reinterpret_cast<uint16_t*>(scratch.q);
+void copy_queries(const AttentionArgs& args, const Rows& rows, float* copy) {
+  uint16_t* to = reinterpret_cast<uint16_t*>(copy);
   for (int64_t r = 0; r < rows.count(); ++r, to += args.head_dim) {
     std::memcpy(to, args.q.at(rows.b, rows.first_head + r / rows.queries, rows.first_query + r % rows.queries),
                 args.head_dim * sizeof(uint16_t));
   }
 }
 
-// Adds one tile's values to a row key by key, leaving out those it does not see: for tiles that hold a NaN or an
-// infinity, which a probability of 0 would not silence.
-void add_seen_values(const AttentionArgs& args, const Rows& rows, int64_t row, int64_t n, int64_t low, int64_t high,
-                     float* acc, const AttentionScratch& scratch) {
+// Adds one tile's values to a row, whose probabilities lie at `step`, key by key, leaving out those it does not see:
+// for tiles that hold a NaN or an infinity, which a probability of 0 would not silence.
+void add_seen_values(const AttentionArgs& args, const Rows& rows, const float* probs, int64_t step, int64_t n,
+                     int64_t low, int64_t high, float* acc, const AttentionScratch& scratch) {
   int64_t seen = 0;
   for (int64_t j = 0; j < n; ++j) {
     if (scratch.index[j] <= low || scratch.index[j] > high) continue;
     scratch.seen_index[seen] = scratch.index[j];
-    scratch.seen_probs[seen++] = scratch.probs[row * kBlockN + j];
+    scratch.seen_probs[seen++] = probs[j * step];
   }
   args.kernels->add_weighted_rows[args.v.dtype](scratch.seen_probs, kBlockN, 1, args.v.at(rows.b, rows.kv_head, 0),
                                                 args.v.row, scratch.seen_index, seen, args.head_dim, acc);
+}
+
+// Whether some row may not see some key of the tile.
+bool hides_keys(const AttentionArgs& args, const Rows& rows, int64_t n, const AttentionScratch& scratch) {
+  const int64_t p0 = args.seqlen_k - args.seqlen_q + rows.first_query, p1 = p0 + rows.queries - 1;
+  const auto [least, most] = std::minmax_element(scratch.index, scratch.index + n);
+  return *most > p0 || (args.softmax.window > 0 && *least <= p1 - args.softmax.window);
 }
 
 // One tile of n keys, their indices in scratch.index, for every row.
@@ -134,7 +140,7 @@ void attend_tile(const AttentionArgs& args, const Rows& rows, int64_t n, const A
   const Kernels& kernels = *args.kernels;
   const int64_t head_dim = args.head_dim, padded_dim = round_up(head_dim, kMaxPanel);
   const int64_t padded = round_up(n, kMaxPanel), m = rows.count();
-  const int64_t p0 = args.seqlen_k - args.seqlen_q + rows.first_query, p1 = p0 + rows.queries - 1;
+  const int64_t p0 = args.seqlen_k - args.seqlen_q + rows.first_query;
   std::fill(scratch.index + n, scratch.index + padded, std::numeric_limits<int32_t>::max());
 
   const bool pairs = uses_pairs(args);
@@ -150,8 +156,7 @@ void attend_tile(const AttentionArgs& args, const Rows& rows, int64_t n, const A
     kernels.gemm(m, head_dim, scratch.q, head_dim, scratch.k_panels, padded, scratch.probs, kBlockN, false);
   }
 
-  const auto [least, most] = std::minmax_element(scratch.index, scratch.index + n);
-  const bool masked = padded != n || *most > p0 || (args.softmax.window > 0 && *least <= p1 - args.softmax.window);
+  const bool masked = padded != n || hides_keys(args, rows, n, scratch);
   const bool key_by_key = masked && !finite;
   for (int64_t r = 0; r < m; ++r) {
     float* s = scratch.probs + r * kBlockN;
@@ -164,7 +169,7 @@ void attend_tile(const AttentionArgs& args, const Rows& rows, int64_t n, const A
     float* acc = scratch.acc + r * padded_dim;
     if (shrink != 1.0f) kernels.scale_row(acc, padded_dim, shrink);
     if (key_by_key) {
-      add_seen_values(args, rows, r, n, low, p, acc, scratch);
+      add_seen_values(args, rows, s, 1, n, low, p, acc, scratch);
     } else if (pairs) {
       kernels.round_row(s, padded, s);
     }
@@ -178,15 +183,85 @@ void attend_tile(const AttentionArgs& args, const Rows& rows, int64_t n, const A
   kernels.gemm(m, padded, scratch.probs, kBlockN, scratch.v_panels, padded_dim, scratch.acc, padded_dim, true);
 }
 
+// The same with scores by key, a column for each row: an ISA that has these kernels reads keys in place. 16 more floats
+// from one key's scores to the next keep a column from falling into few sets of the cache.
+void attend_tile_by_columns(const AttentionArgs& args, const Rows& rows, int64_t n, const AttentionScratch& scratch) {
+  const Kernels& kernels = *args.kernels;
+  const int64_t head_dim = args.head_dim, padded_dim = round_up(head_dim, kMaxPanel);
+  const int64_t m = rows.count(), columns = round_up(m, kMaxPanel), lds = columns + kMaxPanel;
+  const bool pairs = uses_pairs(args);
+  const KeyTile tile{args.k.at(rows.b, rows.kv_head, 0),
+                     args.v.at(rows.b, rows.kv_head, 0),
+                     args.k.row,
+                     args.v.row,
+                     scratch.index,
+                     n,
+                     head_dim};
+  float* s = scratch.probs;
+  kernels.dot_columns[args.k.dtype](tile, scratch.q, columns, args.softmax.scale, scratch.k_panels, s, lds);
+  const bool finite =
+      pairs ? kernels.pack_value_pairs(tile.v, tile.v_row, tile.index, n, round_up(n, 2), head_dim, scratch.v_panels)
+            : kernels.pack_values[args.v.dtype](tile.v, tile.v_row, tile.index, n, n, head_dim, scratch.v_panels);
+
+  if (args.softmax.softcap > 0.0f) {
+    for (int64_t j = 0; j < n; ++j) kernels.softcap_row(s + j * lds, columns, args.softmax.softcap);
+  }
+  const bool masked = hides_keys(args, rows, n, scratch);
+  if (masked) kernels.mask_columns(s, lds, tile.index, n, scratch.low, scratch.high, columns);
+  kernels.softmax_columns(s, lds, n, columns, scratch.row_max, scratch.row_sum, scratch.shrink);
+  const bool key_by_key = masked && !finite;
+  for (int64_t r = 0; r < m; ++r) {
+    float* acc = scratch.acc + r * padded_dim;
+    if (scratch.shrink[r] != 1.0f) kernels.scale_row(acc, padded_dim, scratch.shrink[r]);
+    if (key_by_key) add_seen_values(args, rows, s + r, lds, n, scratch.low[r], scratch.high[r], acc, scratch);
+  }
+  if (key_by_key) return;
+  if (pairs) {
+    kernels.add_column_pairs(s, lds, n, scratch.v_panels, padded_dim, m, scratch.acc, padded_dim);
+  } else {
+    kernels.add_columns(s, lds, n, scratch.v_panels, padded_dim, m, scratch.acc, padded_dim);
+  }
+}
+
+// Packs the rows' queries, by way of scratch.acc, and notes which keys each of them sees.
+void load_columns(const AttentionArgs& args, const Rows& rows, const AttentionScratch& scratch) {
+  const int64_t m = rows.count(), columns = round_up(m, kMaxPanel);
+  const int64_t p0 = args.seqlen_k - args.seqlen_q + rows.first_query;
+  if (uses_pairs(args)) {
+    copy_queries(args, rows, scratch.acc);
+    args.kernels->pack_key_pairs(scratch.acc, args.head_dim, nullptr, m, columns, args.head_dim, scratch.q);
+  } else {
+    load_queries(args, rows, 1.0f, scratch.acc);
+    args.kernels->pack_keys[static_cast<int>(DType::kFloat32)](scratch.acc, args.head_dim, nullptr, m, columns,
+                                                               args.head_dim, scratch.q);
+  }
+  for (int64_t r = 0; r < columns; ++r) {
+    const int64_t p = p0 + r % rows.queries;
+    scratch.high[r] = static_cast<int32_t>(p);
+    scratch.low[r] =
+        static_cast<int32_t>(args.softmax.window > 0 ? std::max<int64_t>(-1, p - args.softmax.window) : -1);
+  }
+}
+
 void attend_rows(const AttentionArgs& args, const Rows& rows, RunList runs, const AttentionScratch& scratch) {
+  const bool by_columns = args.kernels->dot_columns[args.k.dtype] != nullptr;
   const int64_t padded_dim = round_up(args.head_dim, kMaxPanel);
   const int64_t p0 = args.seqlen_k - args.seqlen_q + rows.first_query;
-  uses_pairs(args) ? copy_queries(args, rows, scratch) : load_queries(args, rows, scratch);
+  if (by_columns) {
+    load_columns(args, rows, scratch);
+  } else if (uses_pairs(args)) {
+    copy_queries(args, rows, scratch.q);
+  } else {
+    load_queries(args, rows, args.softmax.scale, scratch.q);
+  }
+  const int64_t padded_rows = round_up(rows.count(), kMaxPanel);
   std::fill_n(scratch.acc, rows.count() * padded_dim, 0.0f);
-  std::fill_n(scratch.row_max, rows.count(), -kInfinity);
-  std::fill_n(scratch.row_sum, rows.count(), 0.0f);
+  std::fill_n(scratch.row_max, padded_rows, -kInfinity);
+  std::fill_n(scratch.row_sum, padded_rows, 0.0f);
   KeyCursor keys = visible_keys(args, runs, p0, p0 + rows.queries - 1);
-  while (const int64_t n = keys.next(scratch.index, kBlockN)) attend_tile(args, rows, n, scratch);
+  while (const int64_t n = keys.next(scratch.index, kBlockN)) {
+    by_columns ? attend_tile_by_columns(args, rows, n, scratch) : attend_tile(args, rows, n, scratch);
+  }
   for (int64_t r = 0; r < rows.count(); ++r) {
     finish_row(args, rows.b, rows.first_head + r / rows.queries, rows.first_query + r % rows.queries,
                scratch.row_max[r], scratch.row_sum[r], scratch.acc + r * padded_dim);
@@ -198,7 +273,7 @@ void attend_query(const AttentionArgs& args, const Rows& rows, KeyCursor keys, i
   const Kernels& kernels = *args.kernels;
   const char *k = args.k.at(rows.b, rows.kv_head, 0), *v = args.v.at(rows.b, rows.kv_head, 0);
   const auto dot_stored_rows = kernels.dot_stored_rows[args.k.dtype];
-  dot_stored_rows ? copy_queries(args, rows, scratch) : load_queries(args, rows, scratch);
+  dot_stored_rows ? copy_queries(args, rows, scratch.q) : load_queries(args, rows, args.softmax.scale, scratch.q);
   std::fill_n(acc, rows.heads * args.head_dim, 0.0f);
   std::fill_n(row_max, rows.heads, -kInfinity);
   std::fill_n(row_sum, rows.heads, 0.0f);

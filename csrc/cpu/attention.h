@@ -4,7 +4,8 @@
 //   logit  = softcap * tanh(scale q.k / softcap), or scale q.k;  lse[i] = log sum_j exp(logit(i, j))
 //
 // Blocks of several queries: kBlockN keys at a time are gathered into packed float32 tiles, once for all rows (queries
-// of all heads that share the KV head), then an online softmax. Single queries: K and V rows are read in place.
+// of all heads that share the KV head), then an online softmax. On x86 keys are read in place by packed queries. Single
+// queries: K and V rows are read in place.
 // Accumulation is float32. A row with no key: out 0, lse -inf. A value row that a query may not see never touches it,
 // NaN included. Rows are worked at most kMaxRows at a time, so that the scratch has one size.
 #pragma once
@@ -54,7 +55,8 @@ struct RunList {
 
 struct AttentionScratch {
   float *q, *acc, *probs, *k_panels, *v_panels;  // [kMaxRows][D], [kMaxRows][Dp], [kMaxRows][kBlockN], [D][kBlockN], ..
-  float *row_max, *row_sum;                      // [kMaxRows]
+  float *row_max, *row_sum, *shrink;             // [kMaxRows]
+  int32_t *low, *high;                           // [kMaxRows] the keys that a row sees: low < key <= high
   int32_t* index;                                // [kQueryKeys] keys of the tile
   int32_t* seen_index;                           // [kBlockN] those that one row sees
   float* seen_probs;                             // [kBlockN]
@@ -63,11 +65,14 @@ struct AttentionScratch {
     const int64_t padded_dim = round_up(head_dim, kMaxPanel);
     q = arena.take<float>(kMaxRows * head_dim);
     acc = arena.take<float>(kMaxRows * padded_dim);
-    probs = arena.take<float>(kMaxRows * kBlockN);
+    probs = arena.take<float>((kMaxRows + kMaxPanel) * kBlockN);
     k_panels = arena.take<float>(kBlockN * head_dim);
     v_panels = arena.take<float>(kBlockN * padded_dim);
     row_max = arena.take<float>(kMaxRows);
     row_sum = arena.take<float>(kMaxRows);
+    shrink = arena.take<float>(kMaxRows);
+    low = arena.take<int32_t>(kMaxRows);
+    high = arena.take<int32_t>(kMaxRows);
     index = arena.take<int32_t>(kQueryKeys + 4);
     seen_index = arena.take<int32_t>(kBlockN);
     seen_probs = arena.take<float>(kBlockN);

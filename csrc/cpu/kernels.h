@@ -24,6 +24,14 @@ constexpr int64_t kMaxPanel = 16;   // every panel and vector width divides it, 
 constexpr int64_t kMaxDepth = 256;  // of a product: the largest head_dim
 constexpr int64_t kAlign = 64;      // bytes, of every scratch array
 
+// The keys of one tile and their values, where they lie: rows index[0..n) of k and v; strides count elements.
+struct KeyTile {
+  const void *k, *v;
+  int64_t k_row, v_row;
+  const int32_t* index;
+  int64_t n, head_dim;
+};
+
 struct Kernels {
   const char* name;
   int64_t panel;  // columns of a packed panel; divides kMaxPanel
@@ -80,10 +88,10 @@ struct Kernels {
   // mass[n] += min(1, exp(softcapped s[n] - row_lse)). n is a multiple of kMaxPanel in both.
   void (*bounded_exp_row)(float* s, int64_t n, float softcap, float row_lse, float* mass);
 
-  // Products of bfloat16, null in an ISA without an instruction for them: of pairs of neighbours in k (vdpbf16ps) or of
-  // two pairs (bfmmla). Panels are as large as their namesakes' above, in bfloat16, in an order that only the ISA's own
-  // gemm_pairs knows; value panels reach to a multiple of kMaxPanel columns. Rows of a are bfloat16 with an even lda;
-  // sums are float32.
+  // Products of bfloat16, null in an ISA without an instruction for them; the last two are null too where dot_columns
+  // and add_column_pairs stand for them. Products are of pairs of neighbours in k (vdpbf16ps) or of two pairs (bfmmla).
+  // Panels are as large as their namesakes' above, in bfloat16, in an order that only the ISA's own products know;
+  // value panels reach to a multiple of kMaxPanel columns. Rows of a are bfloat16 with an even lda; sums are float32.
   void (*pack_key_pairs)(const void* k, int64_t row_stride, const int32_t* index, int64_t n, int64_t n_padded,
                          int64_t head_dim, void* panels) = nullptr;
   bool (*pack_value_pairs)(const void* v, int64_t row_stride, const int32_t* index, int64_t n, int64_t n_padded,
@@ -92,6 +100,25 @@ struct Kernels {
   void (*round_row)(const float* x, int64_t n, void* out) = nullptr;
   void (*gemm_pairs)(int64_t m, int64_t k, const void* a, int64_t lda, const void* b, int64_t n, float* c, int64_t ldc,
                      bool accumulate) = nullptr;
+
+  // A block of queries with its scores by key, s[n][lds], null in an ISA without it. The m columns are queries, a
+  // multiple of kMaxPanel, packed once: as pack_keys packs rows, or pack_key_pairs where there is one and the type is
+  // bfloat16.
+  // s[n][0..m) = scale * k[index[n]] . q. Keys are read in place, or widened to widened[n][head_dim].
+  void (*dot_columns[3])(const KeyTile& keys, const void* q_panels, int64_t m, float scale, float* widened, float* s,
+                         int64_t lds) = {};
+  // s[n][m] = -inf where not low[m] < index[n] <= high[m].
+  void (*mask_columns)(float* s, int64_t lds, const int32_t* index, int64_t n, const int32_t* low, const int32_t* high,
+                       int64_t m) = nullptr;
+  // softmax_row of each column; shrink[m] is its factor.
+  void (*softmax_columns)(float* s, int64_t lds, int64_t n, int64_t m, float* row_max, float* row_sum,
+                          float* shrink) = nullptr;
+  // c[m][n] += sum over keys of p[key][m] * v[key][n], of n / panel value panels. Here m is any number of rows.
+  void (*add_columns)(const float* p, int64_t ldp, int64_t keys, const float* v_panels, int64_t n, int64_t m, float* c,
+                      int64_t ldc) = nullptr;
+  // The same for value pairs: rounds p, which it overwrites, to bfloat16.
+  void (*add_column_pairs)(float* p, int64_t ldp, int64_t keys, const void* v_panels, int64_t n, int64_t m, float* c,
+                           int64_t ldc) = nullptr;
 
   // dot_rows with q of the keys' own half type, [m][head_dim], null in an ISA without products of that type.
   void (*dot_stored_rows[3])(const void* q, int64_t m, const void* k, int64_t row_stride, const int32_t* index,

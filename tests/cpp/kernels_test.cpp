@@ -198,21 +198,22 @@ TEST(Kernels, products_of_small_integers) {
   }
 }
 
+Array integers(DType dtype, int64_t n, int64_t columns) {
+  Array x(dtype, {1, 1, n, columns});
+  for (int64_t r = 0; r < n; ++r) {
+    for (int64_t d = 0; d < columns; ++d) x.put({0, 0, r, d}, draw(-4, 4));
+  }
+  return x;
+}
+
 // Exact where products and sums are small integers; every count of rows and of panels, and an accumulator to add to.
 TEST(Kernels, pair_products_of_packed_keys_and_values) {
   const Kernels& kernels = active_kernels();
   if (kernels.gemm_pairs == nullptr) GTEST_SKIP() << kernels.name << " has no pair products";
   for (const int64_t head_dim : {8, 16, 24, 48}) {
     for (int64_t rows = 1; rows <= 17; ++rows) {
-      const auto integers = [](int64_t n, int64_t columns) {
-        Array x(DType::kBFloat16, {1, 1, n, columns});
-        for (int64_t r = 0; r < n; ++r) {
-          for (int64_t d = 0; d < columns; ++d) x.put({0, 0, r, d}, draw(-4, 4));
-        }
-        return x;
-      };
-      const Array q = integers(rows, head_dim), k = integers(20, head_dim), v = integers(20, head_dim);
-      const Array p = integers(rows, 16);
+      const Array q = integers(DType::kBFloat16, rows, head_dim), k = integers(DType::kBFloat16, 20, head_dim);
+      const Array v = integers(DType::kBFloat16, 20, head_dim), p = integers(DType::kBFloat16, rows, 16);
       const int32_t index[13] = {3, 7, 19, 0, 1, 2, 4, 5, 6, 8, 9, 10, 11};
       const int64_t width = (head_dim + 15) / 16 * 16;
       const Guard<float> panels(16 * width / 2), scores(rows * 16), out(rows * width);
@@ -232,6 +233,106 @@ TEST(Kernels, pair_products_of_packed_keys_and_values) {
           for (int64_t j = 0; j < 13 && d < head_dim; ++j) sum += p.at({0, 0, r, j}) * v.at({0, 0, index[j], d});
           EXPECT_EQ(out.data()[r * width + d], sum) << head_dim << ", " << r << ", " << d;
         }
+      }
+    }
+  }
+}
+
+// Exact where products and sums are small integers, probabilities included: every type, counts of keys around the
+// tile's rows, an odd one too, and one tile of columns, one and a half, and two.
+TEST(Kernels, scores_by_key_and_their_values) {
+  const Kernels& kernels = active_kernels();
+  if (kernels.dot_columns[0] == nullptr) GTEST_SKIP() << kernels.name << " packs keys";
+  for (const DType dtype : {DType::kFloat32, DType::kFloat16, DType::kBFloat16}) {
+    const int type = static_cast<int>(dtype);
+    const bool pairs = dtype == DType::kBFloat16 && kernels.pack_key_pairs != nullptr;
+    for (const int64_t head_dim : {8, 24, 48, 128, 256}) {
+      for (const int64_t n : {1, 3, 4, 6, 7, 8, 9, 12, 13, 17, 64}) {
+        for (const int64_t columns : {16, 48, 64}) {
+          const int64_t rows = columns - 3, keys = 70, lds = columns + 16, width = (head_dim + 15) / 16 * 16;
+          const Array q = integers(pairs ? dtype : DType::kFloat32, rows, head_dim);
+          const Array k = integers(dtype, keys, head_dim), v = integers(dtype, keys, head_dim);
+          const Guard<int32_t> index(n);
+          for (int64_t j = 0; j < n; ++j) index.data()[j] = static_cast<int32_t>((j * 13 + 5) % keys);
+          const Guard<float> q_panels(columns * head_dim), widened(n * head_dim), s(n * lds + lds);
+          const Guard<float> v_panels((n + 1) * width), out(rows * width);
+          if (pairs) {
+            kernels.pack_key_pairs(q.tensor.data, head_dim, nullptr, rows, columns, head_dim, q_panels.data());
+          } else {
+            kernels.pack_keys[0](q.tensor.data, head_dim, nullptr, rows, columns, head_dim, q_panels.data());
+          }
+          const cpu::KeyTile tile{k.tensor.data, v.tensor.data, head_dim, head_dim, index.data(), n, head_dim};
+          kernels.dot_columns[type](tile, q_panels.data(), columns, 0.5f, widened.data(), s.data(), lds);
+          for (int64_t j = 0; j < n; ++j) {
+            for (int64_t i = 0; i < rows; ++i) {
+              double sum = 0;
+              for (int64_t d = 0; d < head_dim; ++d) sum += q.at({0, 0, i, d}) * k.at({0, 0, index.data()[j], d});
+              ASSERT_EQ(s.data()[j * lds + i], 0.5 * sum) << head_dim << ", " << n << ", " << j << ", " << i;
+            }
+          }
+
+          std::vector<double> p(n * lds);
+          for (int64_t i = 0; i < n * lds; ++i) s.data()[i] = static_cast<float>(p[i] = draw(0, 8));
+          std::fill_n(out.data(), rows * width, 5.0f);
+          if (pairs) {
+            EXPECT_TRUE(kernels.pack_value_pairs(tile.v, head_dim, index.data(), n, (n + 1) / 2 * 2, head_dim,
+                                                 v_panels.data()));
+            kernels.add_column_pairs(s.data(), lds, n, v_panels.data(), width, rows, out.data(), width);
+          } else {
+            EXPECT_TRUE(kernels.pack_values[type](tile.v, head_dim, index.data(), n, n, head_dim, v_panels.data()));
+            kernels.add_columns(s.data(), lds, n, v_panels.data(), width, rows, out.data(), width);
+          }
+          for (int64_t i = 0; i < rows; ++i) {
+            for (int64_t d = 0; d < head_dim; ++d) {
+              double sum = 5;
+              for (int64_t j = 0; j < n; ++j) sum += p[j * lds + i] * v.at({0, 0, index.data()[j], d});
+              ASSERT_EQ(out.data()[i * width + d], sum) << head_dim << ", " << n << ", " << i << ", " << d;
+            }
+          }
+        }
+      }
+    }
+  }
+}
+
+TEST(Kernels, masks_and_softmax_down_columns) {
+  const Kernels& kernels = active_kernels();
+  if (kernels.softmax_columns == nullptr) GTEST_SKIP() << kernels.name << " has rows only";
+  for (const int64_t n : {1, 3, 4, 29, 64}) {
+    const int64_t m = 48, lds = m + 16;
+    const Guard<float> s(n * lds), row_max(m), row_sum(m), shrink(m);
+    const Guard<int32_t> index(n), low(m), high(m);
+    for (int64_t i = 0; i < m; ++i) {
+      row_max.data()[i] = -std::numeric_limits<float>::infinity();
+      row_sum.data()[i] = 0.0f;
+      low.data()[i] = static_cast<int32_t>(i / 2 - 1);
+      high.data()[i] = static_cast<int32_t>(i);
+    }
+    std::vector<Row> all(m);
+    for (int tile = 0; tile < 4; ++tile) {
+      for (int64_t i = 0; i < n * lds; ++i) s.data()[i] = static_cast<float>(10.0 * normal());
+      for (int64_t j = 0; j < n; ++j) index.data()[j] = static_cast<int32_t>(draw(0, m));
+      std::vector<double> logits(s.data(), s.data() + n * lds);
+      std::vector<float> before(row_max.data(), row_max.data() + m);
+      kernels.mask_columns(s.data(), lds, index.data(), n, low.data(), high.data(), m);
+      kernels.softmax_columns(s.data(), lds, n, m, row_max.data(), row_sum.data(), shrink.data());
+      for (int64_t i = 0; i < m; ++i) {
+        const auto seen = [&](int64_t j) {
+          return low.data()[i] < index.data()[j] && index.data()[j] <= high.data()[i];
+        };
+        for (int64_t j = 0; j < n; ++j) all[i].push_back(seen(j) ? logits[j * lds + i] : -kInf);
+        EXPECT_EQ(row_max.data()[i], *std::max_element(all[i].begin(), all[i].end()));
+        if (row_max.data()[i] == -kInf) {
+          EXPECT_EQ(row_sum.data()[i], 0.0f);
+          for (int64_t j = 0; j < n; ++j) EXPECT_EQ(s.data()[j * lds + i], 0.0f);
+          continue;
+        }
+        EXPECT_NEAR(shrink.data()[i], std::exp(static_cast<double>(before[i]) - row_max.data()[i]), 1e-6);
+        for (int64_t j = 0; j < n; ++j) {
+          const double p = seen(j) ? std::exp(logits[j * lds + i] - row_max.data()[i]) : 0.0;
+          EXPECT_NEAR(s.data()[j * lds + i], p, 3e-7);
+        }
+        EXPECT_NEAR(row_max.data()[i] + std::log(row_sum.data()[i]), log_sum_exp(all[i]), 1e-5);
       }
     }
   }

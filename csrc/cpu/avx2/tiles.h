@@ -43,9 +43,14 @@ void pack_keys(const void* k, int64_t row_stride, const int32_t* index, int64_t 
   }
 }
 
-// Named registers: an array of vectors is spilled by some compilers.
-template <int kRows>
-inline void gemm_rows(int64_t k, const float* a, int64_t lda, const float* b, float* c, int64_t ldc, bool accumulate) {
+struct FloatProduct {
+  static Vec step(Vec a, Vec b, Vec c) { return fma(a, b, c); }
+};
+
+// Named registers: an array of vectors is spilled by some compilers. A function of its own: inlined into its callers'
+// loops, g++ 12 keeps the loop's counters in memory.
+template <class Product, Into kInto, int kRows, class Rows>
+__attribute__((noinline)) void gemm_rows(int64_t k, const Rows& a, const float* b, float scale, float* c, int64_t ldc) {
   Vec c00 = zero(), c01 = zero(), c10 = zero(), c11 = zero(), c20 = zero(), c21 = zero();
   Vec c30 = zero(), c31 = zero(), c40 = zero(), c41 = zero(), c50 = zero(), c51 = zero();
 #define DHSA_ROWS(step) \
@@ -55,49 +60,62 @@ inline void gemm_rows(int64_t k, const float* a, int64_t lda, const float* b, fl
     low = load(c + r * ldc);      \
     high = load(c + r * ldc + 8); \
   }
-#define DHSA_PRODUCT(r, low, high)                      \
-  if (kRows > r) {                                      \
-    const Vec x = _mm256_broadcast_ss(a + r * lda + i); \
-    low = fma(x, b0, low);                              \
-    high = fma(x, b1, high);                            \
+#define DHSA_PRODUCT(r, low, high)                 \
+  if (kRows > r) {                                 \
+    const Vec x = _mm256_broadcast_ss(a.at(r, i)); \
+    low = Product::step(x, b0, low);               \
+    high = Product::step(x, b1, high);             \
+  }
+#define DHSA_SCALE(r, low, high)   \
+  if (kRows > r) {                 \
+    low = mul(low, set1(scale));   \
+    high = mul(high, set1(scale)); \
   }
 #define DHSA_STORE(r, low, high)  \
   if (kRows > r) {                \
     store(c + r * ldc, low);      \
     store(c + r * ldc + 8, high); \
   }
-  if (accumulate) {
+  if (kInto == Into::kAdd) {
     DHSA_ROWS(DHSA_LOAD)
   }
   for (int64_t i = 0; i < k; ++i) {
     const Vec b0 = load(b + i * kPanel), b1 = load(b + i * kPanel + 8);
     DHSA_ROWS(DHSA_PRODUCT)
   }
+  if (kInto == Into::kScale) {
+    DHSA_ROWS(DHSA_SCALE)
+  }
   DHSA_ROWS(DHSA_STORE)
 #undef DHSA_ROWS
 #undef DHSA_LOAD
 #undef DHSA_PRODUCT
+#undef DHSA_SCALE
 #undef DHSA_STORE
 }
 
-inline void gemm_panel(int64_t m, int64_t k, const float* a, int64_t lda, const float* b, float* c, int64_t ldc,
-                       bool accumulate) {
-  int64_t r = 0;
-  for (; r + 6 <= m; r += 6) gemm_rows<6>(k, a + r * lda, lda, b, c + r * ldc, ldc, accumulate);
-  a += r * lda;
-  c += r * ldc;
-  switch (m - r) {
-    case 5:
-      return gemm_rows<5>(k, a, lda, b, c, ldc, accumulate);
-    case 4:
-      return gemm_rows<4>(k, a, lda, b, c, ldc, accumulate);
-    case 3:
-      return gemm_rows<3>(k, a, lda, b, c, ldc, accumulate);
-    case 2:
-      return gemm_rows<2>(k, a, lda, b, c, ldc, accumulate);
-    case 1:
-      return gemm_rows<1>(k, a, lda, b, c, ldc, accumulate);
+// Rows r to r + count, at most kMost of them.
+template <class Product, Into kInto, int kMost, class Left>
+inline void gemm_few_rows(int64_t count, int64_t k, const Left& left, int64_t r, const float* b, float scale, float* c,
+                          int64_t ldc) {
+  if constexpr (kMost > 0) {
+    if (count < kMost) return gemm_few_rows<Product, kInto, kMost - 1>(count, k, left, r, b, scale, c, ldc);
+    gemm_rows<Product, kInto, kMost>(k, left.template rows<kMost>(r), b, scale, c + r * ldc, ldc);
   }
+}
+
+constexpr int64_t kTileColumns = kPanel;  // gemm_columns takes as many columns of b at once
+
+// The last rows are two tiles of like height: 64 end with five and five, since the eight chains of four rows would just
+// fill two multipliers of four cycles.
+template <class Product, Into kInto, class Left>
+inline void gemm_columns(int64_t m, int64_t k, const Left& left, const float* b, int64_t, float scale, float* c,
+                         int64_t ldc) {
+  int64_t r = 0;
+  for (; m - r > 10; r += 6) gemm_rows<Product, kInto, 6>(k, left.template rows<6>(r), b, scale, c + r * ldc, ldc);
+  const int64_t first = m - r > 6 ? (m - r + 1) / 2 : m - r;
+  gemm_few_rows<Product, kInto, 6>(first, k, left, r, b, scale, c, ldc);
+  gemm_few_rows<Product, kInto, 5>(m - r - first, k, left, r + first, b, scale, c, ldc);
 }
 
 }  // namespace dhsa::cpu::avx2

@@ -2,11 +2,16 @@
 #define DHSA_ISA avx512
 #include "cpu/avx2/vec.h"
 //
+#include "cpu/avx512/wide.h"
+//
+#include "cpu/simd/left.h"
+//
 #include "cpu/avx512/tiles.h"
 //
 #include "cpu/simd/gather.h"
-#include "cpu/simd/gemm.h"
 #include "cpu/simd/math.h"
+//
+#include "cpu/simd/columns.h"
 #include "cpu/simd/pooling.h"
 #include "cpu/simd/rows.h"
 #include "cpu/simd/softmax.h"
@@ -14,6 +19,6 @@
 
 namespace dhsa::cpu {
 
-const Kernels kAvx512Kernels = avx512::make_table("avx512");
+const Kernels kAvx512Kernels = avx512::with_wide_values(avx512::with_columns(avx512::make_table("avx512")));
 
 }  // namespace dhsa::cpu

@@ -1,11 +1,9 @@
-// The hand-written tiles of AVX-512: a 16 x 16 transpose for packing, and a 16 x 16 product tile: 16 accumulators, one
-// vector of b and a broadcast operand of a per multiply-add. Sixteen rows fit
-// the common blocks of 64 queries; the row loops of cpu/simd keep AVX2's eight floats, which divide every head_dim.
+// The hand-written tiles of AVX-512: a 16 x 16 transpose for packing, a copy of values in panels, and an 8 x 32 product
+// tile of 16 accumulators, which divides the common blocks of 64 queries and 64 keys. The row loops of cpu/simd keep
+// AVX2's eight floats, which divide every head_dim.
 #pragma once
 
 namespace dhsa::cpu::DHSA_ISA {
-
-using Wide = __m512;  // a panel's width
 
 inline Wide load_wide(const float* p, __mmask16 mask) { return _mm512_maskz_loadu_ps(mask, p); }
 inline Wide load_wide(const Half* p, __mmask16 mask) { return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask, p)); }
@@ -65,52 +63,107 @@ void pack_keys(const void* k, int64_t row_stride, const int32_t* index, int64_t 
   }
 }
 
+// pack_values of gather.h, a panel's row at a time.
+template <class T>
+bool pack_values_wide(const void* v, int64_t row_stride, const int32_t* index, int64_t n, int64_t n_padded,
+                      int64_t head_dim, float* panels) {
+  __mmask16 poison = 0;
+  for (int64_t d0 = 0; d0 < head_dim; d0 += kPanel) {
+    const __mmask16 columns = head_dim - d0 < kPanel ? 0xff : 0xffff;
+    for (int64_t r = 0; r < n; ++r, panels += kPanel) {
+      const Wide x = load_wide(static_cast<const T*>(v) + index[r] * row_stride + d0, columns);
+      poison |= _mm512_fpclass_ps_mask(x, 0x99);  // either NaN, either infinity
+      _mm512_storeu_ps(panels, x);
+    }
+    for (int64_t r = n; r < n_padded; ++r, panels += kPanel) _mm512_storeu_ps(panels, wide_zero());
+  }
+  return poison == 0;
+}
+
 struct FloatProduct {
   static Wide step(Wide a, Wide b, Wide c) { return _mm512_fmadd_ps(a, b, c); }
 };
 
-// Named registers: an array of vectors is spilled by some compilers. Four pointers reach all rows of a.
-template <class Product, int kRows>
-inline void gemm_rows(int64_t k, const float* a, int64_t lda, const float* b, float* c, int64_t ldc, bool accumulate) {
-  Wide c0{}, c1{}, c2{}, c3{}, c4{}, c5{}, c6{}, c7{}, c8{}, c9{}, c10{}, c11{}, c12{}, c13{}, c14{}, c15{};
-#define DHSA_ROWS(step)                                                                                       \
-  step(0, c0) step(1, c1) step(2, c2) step(3, c3) step(4, c4) step(5, c5) step(6, c6) step(7, c7) step(8, c8) \
-      step(9, c9) step(10, c10) step(11, c11) step(12, c12) step(13, c13) step(14, c14) step(15, c15)
-#define DHSA_LOAD(r, sum) \
-  if (kRows > r) sum = _mm512_loadu_ps(c + r * ldc);
-#define DHSA_PRODUCT(r, sum) \
-  if (kRows > r)             \
-    sum = Product::step(_mm512_set1_ps((r < 4 ? a0 : r < 8 ? a4 : r < 12 ? a8 : a12)[r % 4 * lda]), bi, sum);
-#define DHSA_STORE(r, sum) \
-  if (kRows > r) _mm512_storeu_ps(c + r * ldc, sum);
-  if (accumulate) {
+// Eight rows by two neighbouring panels: 10 loads go with 16 products, where 16 rows by one panel need 17, as many
+// cycles on machines that load 64 bytes once a cycle; those are for a last panel. Row r's sums are low_r and high_r, or
+// low_r and those of row 8 + r high_r. Named registers: an array of vectors is spilled by some compilers. A function of
+// its own: inlined into its callers' loops, g++ 12 keeps counters in memory.
+template <class Product, Into kInto, int kRows, bool kTwo, class Rows>
+__attribute__((noinline)) void gemm_rows(int64_t k, const Rows& a, const float* b, float scale, float* c, int64_t ldc) {
+  Wide c0{}, c1{}, c2{}, c3{}, c4{}, c5{}, c6{}, c7{}, d0{}, d1{}, d2{}, d3{}, d4{}, d5{}, d6{}, d7{};
+#define DHSA_ROWS(step)                                                                                           \
+  step(0, c0, d0) step(1, c1, d1) step(2, c2, d2) step(3, c3, d3) step(4, c4, d4) step(5, c5, d5) step(6, c6, d6) \
+      step(7, c7, d7)
+#define DHSA_HIGH(r) (kTwo ? kRows > r : kRows > 8 + r)
+#define DHSA_LOAD(r, low, high)                      \
+  if (kRows > r) low = _mm512_loadu_ps(c + r * ldc); \
+  if (DHSA_HIGH(r)) high = _mm512_loadu_ps(kTwo ? c + r * ldc + kPanel : c + (8 + r) * ldc);
+#define DHSA_PRODUCT(r, low, high)                                                                    \
+  if (kRows > r) {                                                                                    \
+    const Wide x = _mm512_set1_ps(*a.at(r, i));                                                       \
+    low = Product::step(x, low_b, low);                                                               \
+    if (DHSA_HIGH(r)) high = Product::step(kTwo ? x : _mm512_set1_ps(*a.at(8 + r, i)), high_b, high); \
+  }
+#define DHSA_SCALE(r, low, high)                                  \
+  if (kRows > r) low = _mm512_mul_ps(low, _mm512_set1_ps(scale)); \
+  if (DHSA_HIGH(r)) high = _mm512_mul_ps(high, _mm512_set1_ps(scale));
+#define DHSA_STORE(r, low, high)                     \
+  if (kRows > r) _mm512_storeu_ps(c + r * ldc, low); \
+  if (DHSA_HIGH(r)) _mm512_storeu_ps(kTwo ? c + r * ldc + kPanel : c + (8 + r) * ldc, high);
+  if (kInto == Into::kAdd) {
     DHSA_ROWS(DHSA_LOAD)
   }
-  const float *a0 = a, *a4 = a + 4 * lda, *a8 = a + 8 * lda, *a12 = a + 12 * lda;
-  for (int64_t i = 0; i < k; ++i, ++a0, ++a4, ++a8, ++a12, b += kPanel) {
-    const Wide bi = _mm512_loadu_ps(b);
+  const float* next = b + (kTwo ? k * kPanel : 0);
+  for (int64_t i = 0; i < k; ++i) {
+    const Wide low_b = _mm512_loadu_ps(b + i * kPanel), high_b = kTwo ? _mm512_loadu_ps(next + i * kPanel) : low_b;
     DHSA_ROWS(DHSA_PRODUCT)
   }
+  if (kInto == Into::kScale) {
+    DHSA_ROWS(DHSA_SCALE)
+  }
   DHSA_ROWS(DHSA_STORE)
+#undef DHSA_HIGH
 #undef DHSA_ROWS
 #undef DHSA_LOAD
 #undef DHSA_PRODUCT
+#undef DHSA_SCALE
 #undef DHSA_STORE
 }
 
-template <class Product>
-inline void gemm_all_rows(int64_t m, int64_t k, const float* a, int64_t lda, const float* b, float* c, int64_t ldc,
-                          bool accumulate) {
+template <class Product, Into kInto, bool kTwo, class Left>
+inline void gemm_all_rows(int64_t m, int64_t k, const Left& left, const float* b, float scale, float* c, int64_t ldc) {
   int64_t r = 0;
-  for (; r + 16 <= m; r += 16) gemm_rows<Product, 16>(k, a + r * lda, lda, b, c + r * ldc, ldc, accumulate);
-  for (; r + 8 <= m; r += 8) gemm_rows<Product, 8>(k, a + r * lda, lda, b, c + r * ldc, ldc, accumulate);
-  for (; r + 4 <= m; r += 4) gemm_rows<Product, 4>(k, a + r * lda, lda, b, c + r * ldc, ldc, accumulate);
-  for (; r < m; ++r) gemm_rows<Product, 1>(k, a + r * lda, lda, b, c + r * ldc, ldc, accumulate);
+  if constexpr (!kTwo) {
+    for (; r + 16 <= m; r += 16) {
+      gemm_rows<Product, kInto, 16, kTwo>(k, left.template rows<16>(r), b, scale, c + r * ldc, ldc);
+    }
+  }
+  for (; r + 8 <= m; r += 8) {
+    gemm_rows<Product, kInto, 8, kTwo>(k, left.template rows<8>(r), b, scale, c + r * ldc, ldc);
+  }
+  for (; r + 4 <= m; r += 4) {
+    gemm_rows<Product, kInto, 4, kTwo>(k, left.template rows<4>(r), b, scale, c + r * ldc, ldc);
+  }
+  for (; r < m; ++r) gemm_rows<Product, kInto, 1, kTwo>(k, left.template rows<1>(r), b, scale, c + r * ldc, ldc);
 }
 
-inline void gemm_panel(int64_t m, int64_t k, const float* a, int64_t lda, const float* b, float* c, int64_t ldc,
-                       bool accumulate) {
-  gemm_all_rows<FloatProduct>(m, k, a, lda, b, c, ldc, accumulate);
+constexpr Kernels with_wide_values(Kernels table) {
+  table.pack_values[0] = pack_values_wide<float>;
+  table.pack_values[1] = pack_values_wide<Half>;
+  table.pack_values[2] = pack_values_wide<BFloat16>;
+  return table;
+}
+
+constexpr int64_t kTileColumns = 2 * kPanel;
+
+template <class Product, Into kInto, class Left>
+inline void gemm_columns(int64_t m, int64_t k, const Left& left, const float* b, int64_t columns, float scale, float* c,
+                         int64_t ldc) {
+  if (columns == kTileColumns) {
+    gemm_all_rows<Product, kInto, true>(m, k, left, b, scale, c, ldc);
+  } else {
+    gemm_all_rows<Product, kInto, false>(m, k, left, b, scale, c, ldc);
+  }
 }
 
 }  // namespace dhsa::cpu::DHSA_ISA

@@ -2,13 +2,18 @@
 #define DHSA_ISA avx512bf16
 #include "cpu/avx2/vec.h"
 //
+#include "cpu/avx512/wide.h"
+//
+#include "cpu/simd/left.h"
+//
 #include "cpu/avx512/tiles.h"
 //
-#include "cpu/avx512bf16/tiles.h"
-//
 #include "cpu/simd/gather.h"
-#include "cpu/simd/gemm.h"
 #include "cpu/simd/math.h"
+//
+#include "cpu/simd/columns.h"
+//
+#include "cpu/avx512bf16/pairs.h"
 #include "cpu/simd/pooling.h"
 #include "cpu/simd/rows.h"
 #include "cpu/simd/softmax.h"
@@ -16,6 +21,7 @@
 
 namespace dhsa::cpu {
 
-const Kernels kAvx512bf16Kernels = avx512bf16::with_pairs(avx512bf16::make_table("avx512bf16"));
+const Kernels kAvx512bf16Kernels = avx512bf16::with_pairs(
+    avx512bf16::with_wide_values(avx512bf16::with_columns(avx512bf16::make_table("avx512bf16"))));
 
 }  // namespace dhsa::cpu

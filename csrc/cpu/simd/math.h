@@ -5,18 +5,21 @@ namespace dhsa::cpu::DHSA_ISA {
 
 constexpr float kInfinity = __builtin_inff();
 
+inline Vec set_like(Vec, float x) { return set1(x); }
+
 // exp(x) for x <= 0 within 2 ulp, 4 below 1e-10; below -87.3, where that would be subnormal, less than the least normal
 // number, and 0 from -89 on; NaN stays NaN. The polynomial's own error, 3e-9, is far below a rounding: one term more
 // gains nothing.
-inline Vec exp_nonpositive(Vec x) {
-  const Vec n = round(mul(x, set1(-1.44269504f)));
-  const Vec r = add_ln2_times(x, n);
-  Vec p = set1(1.3814539416e-3f);
-  p = fma(p, r, set1(8.3687454462e-3f));
-  p = fma(p, r, set1(4.1668388993e-2f));
-  p = fma(p, r, set1(1.6666521132e-1f));
-  p = fma(p, r, set1(4.9999994040e-1f));
-  p = fma(mul(r, r), p, add(r, set1(1.0f)));
+template <class V>  // Vec, or an ISA's wider vectors
+inline V exp_nonpositive(V x) {
+  const V n = round(mul(x, set_like(x, -1.44269504f)));
+  const V r = add_ln2_times(x, n);
+  V p = set_like(x, 1.3814539416e-3f);
+  p = fma(p, r, set_like(x, 8.3687454462e-3f));
+  p = fma(p, r, set_like(x, 4.1668388993e-2f));
+  p = fma(p, r, set_like(x, 1.6666521132e-1f));
+  p = fma(p, r, set_like(x, 4.9999994040e-1f));
+  p = fma(mul(r, r), p, add(r, set_like(x, 1.0f)));
   return divide_by_power_of_2(p, n);
 }
 

@@ -1,0 +1,126 @@
+// The products of x86, and the attention of a block of queries with its scores by key, [key][query]: keys are the left
+// factor, read where they lie, and the queries are packed once. Softmax then runs down columns, vectors of queries side
+// by side, without a sum or a maximum across lanes.
+#pragma once
+
+namespace dhsa::cpu::DHSA_ISA {
+
+// c[m][n] from n / kPanel panels of b, as many at a time as the tile has.
+template <class Product, Into kInto, class Left>
+inline void gemm_all(int64_t m, int64_t k, const Left& left, const float* b, int64_t n, float scale, float* c,
+                     int64_t ldc) {
+  for (int64_t j = 0; j < n; j += kTileColumns) {
+    const int64_t columns = n - j < kTileColumns ? n - j : kTileColumns;
+    gemm_columns<Product, kInto>(m, k, left, b + j * k, columns, scale, c + j, ldc);
+  }
+}
+
+inline void gemm(int64_t m, int64_t k, const float* a, int64_t lda, const float* b, int64_t n, float* c, int64_t ldc,
+                 bool accumulate) {
+  const RowMajor left{a, lda};
+  if (accumulate) {
+    gemm_all<FloatProduct, Into::kAdd>(m, k, left, b, n, 1.0f, c, ldc);
+  } else {
+    gemm_all<FloatProduct, Into::kSet>(m, k, left, b, n, 1.0f, c, ldc);
+  }
+}
+
+// Scores of `depth` float32, or pairs, of each key. The keys are asked for while the first columns are worked on, their
+// values during the last.
+template <class Product>
+inline void dot_listed(ListedRows keys, int64_t n, int64_t depth, const float* q, int64_t m, float scale, float* s,
+                       int64_t lds) {
+  const Ahead first_keys = keys.keys, last_values = keys.values;
+  for (int64_t i = 0; i < m; i += kTileColumns) {
+    const int64_t columns = m - i < kTileColumns ? m - i : kTileColumns;
+    keys.keys.n = i == 0 ? first_keys.n : 0;
+    keys.values.n = i + columns == m ? last_values.n : 0;
+    gemm_columns<Product, Into::kScale>(n, depth, keys, q + i * depth, columns, scale, s + i, lds);
+  }
+}
+
+template <class T>
+inline Ahead ahead(const void* rows, int64_t row_stride, const KeyTile& tile) {
+  constexpr int64_t kBytes = sizeof(T);
+  return {static_cast<const char*>(rows), row_stride * kBytes, tile.head_dim * kBytes, tile.index, tile.n};
+}
+
+template <class T>
+inline void widen_rows(const T* x, int64_t row_stride, const int32_t* index, int64_t n, int64_t head_dim, float* out) {
+  for (int64_t r = 0; r < n; ++r, out += head_dim) {
+    const T* row = x + index[r] * row_stride;
+    int64_t d = 0;
+    for (; d + kWide <= head_dim; d += kWide) store(out + d, wide_load(row + d));
+    for (; d < head_dim; d += kLanes) store(out + d, load(row + d));
+  }
+}
+
+// Half types are widened first: a key's elements are broadcast once for every kTileColumns queries.
+template <class T>
+void dot_columns(const KeyTile& tile, const void* q, int64_t m, float scale, float* widened, float* s, int64_t lds) {
+  ListedRows keys{widened, tile.head_dim, nullptr, {}, ahead<T>(tile.v, tile.v_row, tile)};
+  if constexpr (sizeof(T) == sizeof(float)) {
+    keys = {static_cast<const float*>(tile.k), tile.k_row, tile.index, ahead<T>(tile.k, tile.k_row, tile), keys.values};
+  } else {
+    widen_rows(static_cast<const T*>(tile.k), tile.k_row, tile.index, tile.n, tile.head_dim, widened);
+  }
+  dot_listed<FloatProduct>(keys, tile.n, tile.head_dim, static_cast<const float*>(q), m, scale, s, lds);
+}
+
+inline void mask_columns(float* s, int64_t lds, const int32_t* index, int64_t n, const int32_t* low,
+                         const int32_t* high, int64_t m) {
+  for (int64_t j = 0; j < n; ++j) {
+    for (int64_t i = 0; i < m; i += kWide) {
+      float* at = s + j * lds + i;
+      store(at, keep_between(wide_load(at), index[j], low + i, high + i));
+    }
+  }
+}
+
+inline void softmax_columns(float* s, int64_t lds, int64_t n, int64_t m, float* row_max, float* row_sum,
+                            float* shrink) {
+  for (int64_t i = 0; i < m; i += kWide) {
+    float* column = s + i;
+    const Wide old_max = wide_load(row_max + i);
+    Wide peak = old_max, peak1 = old_max, peak2 = old_max, peak3 = old_max;
+    int64_t j = 0;
+    for (; j + 4 <= n; j += 4) {
+      const float* at = column + j * lds;
+      peak = max(wide_load(at), peak);
+      peak1 = max(wide_load(at + lds), peak1);
+      peak2 = max(wide_load(at + 2 * lds), peak2);
+      peak3 = max(wide_load(at + 3 * lds), peak3);
+    }
+    for (; j < n; ++j) peak = max(wide_load(column + j * lds), peak);
+    peak = max(max(peak, peak1), max(peak2, peak3));
+    // A row without a key yet: exp(-inf - 0) = 0.
+    const Wide shift = select_less(wide_set1(-kInfinity), peak, peak, wide_zero());
+    const Wide factor = exp_nonpositive(sub(old_max, shift));
+    Wide sum = mul(wide_load(row_sum + i), factor);
+    for (j = 0; j < n; ++j) {
+      const Wide p = exp_nonpositive(sub(wide_load(column + j * lds), shift));
+      store(column + j * lds, p);
+      sum = add(sum, p);
+    }
+    store(row_max + i, peak);
+    store(row_sum + i, sum);
+    store(shrink + i, factor);
+  }
+}
+
+inline void add_columns(const float* p, int64_t ldp, int64_t keys, const float* v, int64_t n, int64_t m, float* c,
+                        int64_t ldc) {
+  gemm_all<FloatProduct, Into::kAdd>(m, keys, ColumnMajor{p, ldp}, v, n, 1.0f, c, ldc);
+}
+
+constexpr Kernels with_columns(Kernels table) {
+  table.dot_columns[0] = dot_columns<float>;
+  table.dot_columns[1] = dot_columns<Half>;
+  table.dot_columns[2] = dot_columns<BFloat16>;
+  table.mask_columns = mask_columns;
+  table.softmax_columns = softmax_columns;
+  table.add_columns = add_columns;
+  return table;
+}
+
+}  // namespace dhsa::cpu::DHSA_ISA
