@@ -74,12 +74,7 @@ __device__ bool merge_splits(const WgmmaParams& p, const RowTile& tile, bool wri
     const bool used = at.block >= 0 && p.sampled.used(block, sample);
     const float lse = sum.lse2();
     shared.offset[slot] = used && sum.sum > 0 ? -lse : -INFINITY;
-    if (writes && at.block >= 0) {
-      const int batch = tile.pair / p.selection_heads;
-      const int head = tile.pair % p.selection_heads * p.list_heads + at.row / p.sampled.samples;
-      p.row_lse[((static_cast<int64_t>(batch) * p.heads + head) * p.query_blocks + block) * p.sampled.samples +
-                sample] = used ? lse / kLog2OfE : INFINITY;
-    }
+    if (writes && at.block >= 0) p.lse(tile.pair, block, at.row) = used ? lse / kLog2OfE : INFINITY;
   }
   return __syncthreads_or(careful);
 }

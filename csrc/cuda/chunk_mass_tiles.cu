@@ -323,11 +323,7 @@ __device__ void merge_lse(const TileParams& p, const RowTile& tile, const ChunkR
     const bool used = at.block >= 0 && p.sampled.used(block, sample);
     const float lse = sum.lse2();
     negated[slot] = used && sum.sum > 0 ? -lse : -INFINITY;
-    if (blockIdx.y == 0 && at.block >= 0) {
-      const int head = pair % p.selection_heads * p.list_heads + at.row / p.sampled.samples;
-      p.row_lse[((static_cast<int64_t>(batch) * p.heads + head) * p.query_blocks + block) * p.sampled.samples +
-                sample] = used ? lse / kLog2OfE : INFINITY;
-    }
+    if (blockIdx.y == 0 && at.block >= 0) p.lse(pair, block, at.row) = used ? lse / kLog2OfE : INFINITY;
   }
   __syncthreads();
 }

@@ -31,6 +31,13 @@ struct MassParams {
 
   __device__ int held(int batch) const { return held_keys(cache_seqlens, batch, seqlen_k); }
   __host__ __device__ int rows() const { return list_heads * sampled.samples; }  // of a list and block
+
+  // Where the logsumexp of a row of a pair's block goes.
+  __device__ float& lse(int pair, int block, int row) const {
+    const int batch = pair / selection_heads, head = pair % selection_heads * list_heads + row / sampled.samples;
+    const int64_t of_head = static_cast<int64_t>(batch) * heads + head;
+    return row_lse[(of_head * query_blocks + block) * sampled.samples + row % sampled.samples];
+  }
 };
 
 constexpr float kLowest = -1e30f;  // finite, so that a row with no chunk has differences of 0 and a sum of 0
