@@ -58,7 +58,7 @@ export PYTHONPATH=$build/python
 # Python's tests run beside the sanitizers: both ask whether answers are right, and neither fills the GPU.
 if step pytest; then
   LINES_SHOWN=20 run info 60 "$python" -m dhsa_ext.info
-  workers=$("$python" -c 'import xdist' 2>/dev/null && echo "-n $((($(nproc) + 1) / 2))")
+  workers=$("$python" -c 'import xdist' 2>/dev/null && echo "-n $((($(nproc) * 3 + 3) / 4))")
   # shellcheck disable=SC2086  # two words, or none
   LINES_SHOWN=20 run pytest 1800 "$python" -m pytest -q $workers tests --ignore tests/arm -k "cuda or Cuda" &
 fi
