@@ -319,7 +319,7 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("--heads", nargs="+", default=["kv"], choices=["one", "kv", "query"], help="lists: one per")
         sub.add_argument("--q-block", type=int, nargs="+", default=[64])
         sub.add_argument(
-            "--q-stride", type=int, help="queries of a block that a row stands for (default: 8, or half a block if long)"
+            "--q-stride", type=int, help="queries of a block that a row stands for (default: 8; if long, half a block)"
         )
         sub.add_argument("--sink", type=int, default=16)
         sub.add_argument("--local", type=int, default=64)
