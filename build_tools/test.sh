@@ -95,7 +95,8 @@ else
     "apt-get install g++-aarch64-linux-gnu qemu-user-static mmdebstrap"
 fi
 
-suite python "$venv/bin/python" -m pytest tests
+workers=$(($(nproc) < 8 ? $(nproc) : 8))
+suite python "$venv/bin/python" -m pytest -n "$workers" tests
 
 if ! have_googletest; then
   skip cpp "no GoogleTest" "apt-get install libgtest-dev"

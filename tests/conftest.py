@@ -19,6 +19,7 @@ import dhsa_ext
 from dhsa_ext.backend import backend
 
 SEED = int(os.environ.get("DHSA_TEST_SEED", random.SystemRandom().randrange(10**6)))
+os.environ["DHSA_TEST_SEED"] = str(SEED)  # for the workers of pytest-xdist
 
 settings.register_profile(
     "dhsa",
