@@ -45,7 +45,7 @@ def _attend(
 
 
 def write_token(keys: Tensor, values: Tensor, slot: Tensor, key: Tensor, value: Tensor) -> None:
-    """One token's key and value [B, Hkv, 1, D] into buffers [B, Hkv, N, D] at slot, int64 [1]; compiled, one launch."""
+    """One token's key and value [B, Hkv, 1, D] into buffers [B, Hkv, N, D] at slot, int64 [1]."""
     keys.index_copy_(2, slot, key)
     values.index_copy_(2, slot, value)
 
