@@ -146,7 +146,7 @@ class DHSAConfig:
 
     def over(self, seqlen_k: int) -> DHSAConfig:
         """The same config with a number for each "auto", as in a prefill over so many keys."""
-        return _settled(self, seqlen_k > LONG_FROM)
+        return _settled(self, self.q_block, seqlen_k > LONG_FROM)
 
     def prefill_args(self, query_heads: int, kv_heads: int, seqlen_k: int) -> dict[str, Any]:
         """Keyword arguments of ops.sparse_prefill for this config, over seqlen_k keys."""
@@ -162,7 +162,7 @@ class DHSAConfig:
 
     def decode_args(self, seqlen_k: int) -> dict[str, Any]:
         """Keyword arguments of ops.sparse_decode for this config, over seqlen_k keys or a cache with room for them."""
-        settled = replace(self, q_block=1).over(seqlen_k)
+        settled = _settled(self, 1, seqlen_k > LONG_FROM)
         return {name: getattr(settled, name) for name in ("budget", "score", "refine", "sink", "local")}
 
     def __str__(self) -> str:
@@ -173,9 +173,8 @@ class DHSAConfig:
 
 
 @lru_cache(maxsize=64)  # asked for by every layer and token
-def _settled(config: DHSAConfig, long: bool) -> DHSAConfig:
+def _settled(config: DHSAConfig, q_block: IntOrAuto, long: bool) -> DHSAConfig:
     small = config.budget <= SMALL_BUDGET
-    q_block = config.q_block
     if q_block == "auto":
         q_block = 128 if long and not small and config._forced(128) <= config.budget else 64
     if long:
