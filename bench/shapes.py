@@ -71,6 +71,8 @@ def paper_twin(shape: Shape) -> Shape:
 
 # --- one GPU: Llama-3.1-8B's heads unless said -----------------------------------------------------------------------
 
+KV_LISTS: dict[str, Any] = dict(select_heads=8, sink=16, local=64)  # the accurate preset's lists and forced keys
+
 GPU = {
     shape.label: shape
     for shape in (
@@ -79,25 +81,26 @@ GPU = {
         Shape("8k", "the shortest length with something to leave out at this budget: launches dominate", 8192, 2048),
         Shape(
             "128k-kv64", "one list per KV head and small query blocks: better choice of keys, 16 times the lists",
-            131072, 2048, q_block=64, select_heads=8, sink=16, local=64,
+            131072, 2048, q_block=64, **KV_LISTS,
         ),
         Shape("32k-d256", "Gemma 2's head and cap", 32768, 2048, heads=8, heads_kv=4, head_dim=256, softcap=50.0),
         Shape("32k-d64", "small heads: half the work for each exponential", 32768, 2048, head_dim=64),
         Shape(
             "128k-accurate", "the accurate preset: what a better choice of keys costs",
-            131072, 1024, select_heads=8, sink=16, local=64, refine=8, q_stride=64,
+            131072, 1024, refine=8, q_stride=64, **KV_LISTS,
         ),
-        Shape("32k-accurate", "the same on a long document", 32768, 1024, select_heads=8, sink=16, local=64, refine=8,
-              q_stride=64),
+        Shape("32k-accurate", "the same on a long document", 32768, 1024, refine=8, q_stride=64, **KV_LISTS),
         Shape(
             "128k-accurate-q64", "its small query blocks at such lengths: twice the lists, half the candidates each",
-            131072, 1024, q_block=64, select_heads=8, sink=16, local=64, refine=4, q_stride=32,
+            131072, 1024, q_block=64, refine=4, q_stride=32, **KV_LISTS,
         ),
-        Shape("32k-accurate-q64", "the same on a long document", 32768, 1024, q_block=64, select_heads=8, sink=16,
-              local=64, refine=4, q_stride=32),
+        Shape(
+            "32k-accurate-q64", "the same on a long document",
+            32768, 1024, q_block=64, refine=4, q_stride=32, **KV_LISTS,
+        ),
         Shape(
             "8k-accurate", "and on a short prompt, where the preset has small blocks and many rows",
-            8192, 1024, q_block=64, select_heads=8, sink=16, local=64, refine=8, q_stride=8,
+            8192, 1024, q_block=64, refine=8, **KV_LISTS,
         ),
         Shape("32k-full", "every key kept: dense attention's answer, so a dense kernel is the bar", 32768, 32768),
     )
