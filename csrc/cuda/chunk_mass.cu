@@ -123,7 +123,7 @@ __global__ void __launch_bounds__(kThreads) cut_kernel(CutParams p) {
   }
   __syncthreads();
   for (int row = warp_id(); row < m.rows(); row += kWarps) {
-    const int sample = row % m.sampled.samples, q_head = s * m.list_heads + row / m.sampled.samples;
+    const int sample = row % m.sampled.samples, q_head = m.head_of(pair, row);
     float dot = 0;
     if (m.sampled.used(block, sample)) {
       const T* q =

@@ -37,7 +37,7 @@ __device__ inline void max_of_chunks(const float (&acc)[C::kAcc], float (&part)[
 }
 
 // offset = -(the logit of chunk c, and some): a reference for sums of exponentials.
-template <class T, class C, bool kSoftcap>
+template <class T, class C>
 __device__ void guess_references(const WgmmaParams& p, int pair, int c, const char* rows, typename C::Shared& shared) {
   const int slot = threadIdx.x;
   if (slot >= C::kSlots) return;
@@ -51,7 +51,7 @@ __device__ void guess_references(const WgmmaParams& p, int pair, int c, const ch
 #pragma unroll
     for (int i = 0; i < 8; ++i) dot = fmaf(x[i], __ldg(mean + piece * 8 + i), dot);
   }
-  const float z = logit2(dot, p.scale, kSoftcap ? p.softcap : 0.0f);
+  const float z = logit2(dot, p.scale, p.softcap);
   shared.offset[slot] = shared.dead[slot] ? -INFINITY : fabsf(z) < 1e30f ? -(z + kAbove) : 0.0f;
 }
 
@@ -71,7 +71,7 @@ __device__ inline void fold_lanes(float (&part)[C::kAcc / 2], int group, bool ma
   }
 }
 
-template <class T, int kHeadDim, bool kSoftcap>
+template <class T, int kHeadDim>
 __global__ void __launch_bounds__(kThreads, 1) lse_kernel(const __grid_constant__ WgmmaParams p) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   using C = Config<kHeadDim>;
@@ -86,7 +86,7 @@ __global__ void __launch_bounds__(kThreads, 1) lse_kernel(const __grid_constant_
   const int first = uniform(max(static_cast<int>(blockIdx.y) * p.lse_chunks, shared.first));
   const int last = uniform(min((static_cast<int>(blockIdx.y) + 1) * p.lse_chunks, shared.last));
   if (first >= last) return;
-  guess_references<T, C, kSoftcap>(p, tile.pair, p.window > 0 ? (first + last) / 2 : first, smem + C::kRowsAt, shared);
+  guess_references<T, C>(p, tile.pair, p.window > 0 ? (first + last) / 2 : first, smem + C::kRowsAt, shared);
   __syncthreads();
 
   const int group = uniform(threadIdx.x / 128), whole = uniform(shared.whole);
@@ -105,11 +105,12 @@ __global__ void __launch_bounds__(kThreads, 1) lse_kernel(const __grid_constant_
     walk_chunks<T, C>(
         p, tile.pair, first, last, careful ? first : min(last, whole), stages, rows, shared, rings,
         [&](int, float (&acc)[C::kAcc], LaneChunks& lane) {
-          if (kSoftcap) cap_logits<C>(p, acc, lane);
+          cap_logits<C>(p, acc, lane);
           sum_chunks<C>(offset, acc, lane, part);
         },
         [&](int chunk0, float (&acc)[C::kAcc], LaneChunks& lane) {
-          mask_logits<C, kSoftcap, true>(p, chunks, chunk0, group, shared, acc, lane);
+          cap_logits<C>(p, acc, lane);
+          mask_logits<C, true>(p, chunks, chunk0, group, shared, acc, lane);
           if (maxima) {
             max_of_chunks<C>(acc, part);
           } else {
@@ -146,8 +147,7 @@ cudaError_t launch_lse(const WgmmaParams& p, DType dtype, cudaStream_t stream) {
     const dim3 grid(p.row_tiles, p.lse_splits, p.pairs);
     const auto run = [&](auto element) {
       using T = decltype(element);
-      return launch<C>(p.softcap > 0 ? lse_kernel<T, C::kHeadDim, true> : lse_kernel<T, C::kHeadDim, false>, p, grid,
-                       stream);
+      return launch<C>(lse_kernel<T, C::kHeadDim>, p, grid, stream);
     };
     return dtype == DType::kFloat16 ? run(__half()) : run(__nv_bfloat16());
   });

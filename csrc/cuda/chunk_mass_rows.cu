@@ -74,7 +74,7 @@ __global__ void __launch_bounds__(kThreads) logit_kernel(RowParams p) {
 #pragma unroll
   for (int r = 0; r < kRows; ++r) {
     const int row = row0 + r, sample = row % p.sampled.samples;
-    const int head = pair % p.selection_heads * p.list_heads + row / p.sampled.samples;
+    const int head = p.head_of(pair, row);
     const bool used = row < p.rows() && p.sampled.used(block, sample);
     const T* from =
         static_cast<const T*>(p.q) + batch * p.q_batch + head * p.q_head + p.sampled.row(block, sample) * p.q_token;

@@ -79,7 +79,7 @@ __device__ bool merge_splits(const WgmmaParams& p, const RowTile& tile, bool wri
   return __syncthreads_or(careful);
 }
 
-template <class T, int kHeadDim, bool kSoftcap, int kBlockOctets>
+template <class T, int kHeadDim, int kBlockOctets>
 __global__ void __launch_bounds__(kThreads, 1) score_kernel(const __grid_constant__ WgmmaParams p) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   using C = Config<kHeadDim>;
@@ -104,11 +104,12 @@ __global__ void __launch_bounds__(kThreads, 1) score_kernel(const __grid_constan
       walk_chunks<T, C>(
           p, tile.pair, first, last, uniform(careful ? first : min(last, shared.whole)), stages, rows, shared, rings,
           [&](int chunk0, float (&acc)[C::kAcc], LaneChunks& lane) {
-            if (kSoftcap) cap_logits<C>(p, acc, lane);
+            cap_logits<C>(p, acc, lane);
             reduce_rows<C, kBlockOctets>(p, tile, chunk0, last, group, part > 0, shared, acc, lane);
           },
           [&](int chunk0, float (&acc)[C::kAcc], LaneChunks& lane) {
-            mask_logits<C, kSoftcap, false>(p, chunks, chunk0, group, shared, acc, lane);
+            cap_logits<C>(p, acc, lane);
+            mask_logits<C, false>(p, chunks, chunk0, group, shared, acc, lane);
             reduce_rows<C, kBlockOctets>(p, tile, chunk0, last, group, part > 0, shared, acc, lane);
           });
     }
@@ -125,13 +126,12 @@ cudaError_t launch_scores(const WgmmaParams& p, DType dtype, cudaStream_t stream
     const dim3 grid(p.row_tiles / p.parts, p.score_splits, p.pairs);
     const auto run = [&](auto element) {
       using T = decltype(element);
-      if (p.softcap > 0) return launch<C>(score_kernel<T, C::kHeadDim, true, 0>, p, grid, stream);
       // The accurate preset's rows: four octets of a block, one on long prompts. A kernel takes 4 s to compile, so that
       // only the most common head_dim has them.
-      auto kernel = score_kernel<T, C::kHeadDim, false, 0>;
+      auto kernel = score_kernel<T, C::kHeadDim, 0>;
       if constexpr (C::kHeadDim == 128) {
-        if (p.octets == 1) kernel = score_kernel<T, C::kHeadDim, false, 1>;
-        if (p.octets == 4) kernel = score_kernel<T, C::kHeadDim, false, 4>;
+        if (p.octets == 1) kernel = score_kernel<T, C::kHeadDim, 1>;
+        if (p.octets == 4) kernel = score_kernel<T, C::kHeadDim, 4>;
       }
       return launch<C>(kernel, p, grid, stream);
     };

@@ -184,7 +184,7 @@ __device__ inline void multiply(const uint32_t (&a)[C::kRowTiles][C::kHeadDim / 
 
 // The accumulators as logits in log2 units: + log2 n_c for the logsumexp, without it for the scores. Chunks that hold
 // no candidate of a row's block get -inf, the cut chunk its own logit.
-template <class C, bool kScores, bool kSoftcap>
+template <class C, bool kScores>
 __device__ inline void to_logits(const TileParams& p, const RowTile& tile, const Chunks& chunks, int chunk0, int column,
                                  const float2* columns, bool masked, float (&acc)[C::kRowTiles][kSubN / 2]) {
   const int member = lane_id() % 4;
@@ -197,7 +197,7 @@ __device__ inline void to_logits(const TileParams& p, const RowTile& tile, const
       for (int i = 0; i < 4; ++i) {
         const float factor = i % 2 ? two.z : two.x, length = kScores ? 0.0f : i % 2 ? two.w : two.y;
         const float z = acc[m][4 * n + i];
-        acc[m][4 * n + i] = kSoftcap ? softcapped2(z * factor, p.softcap) + length : fmaf(z, factor, length);
+        acc[m][4 * n + i] = p.softcap > 0 ? softcapped2(z * factor, p.softcap) + length : fmaf(z, factor, length);
       }
     }
   }
@@ -236,7 +236,7 @@ __device__ inline float2* partial_of(const TileParams& p, const RowTile& tile, i
 
 // --- logsumexp -------------------------------------------------------------------------------------------------------
 
-template <class T, int kHeadDim, bool kSoftcap>
+template <class T, int kHeadDim>
 __global__ void __launch_bounds__(kThreads, 2) lse_kernel(TileParams p) {
   using C = Config<kHeadDim>;
   extern __shared__ __align__(1024) char smem[];
@@ -270,7 +270,7 @@ __global__ void __launch_bounds__(kThreads, 2) lse_kernel(TileParams p) {
     for (int column = 0; column < C::kBlockN; column += kSubN) {
       float z[C::kRowTiles][kSubN / 2] = {};
       multiply<T, C>(a, here, column, z);
-      to_logits<C, false, kSoftcap>(p, tile, chunks, chunk0, column, columns, masked, z);
+      to_logits<C, false>(p, tile, chunks, chunk0, column, columns, masked, z);
 #pragma unroll
       for (int m = 0; m < C::kRowTiles; ++m) {
 #pragma unroll
@@ -364,7 +364,7 @@ __device__ void write_scores(const TileParams& p, const RowTile& tile, int chunk
   }
 }
 
-template <class T, int kHeadDim, bool kSoftcap>
+template <class T, int kHeadDim>
 __global__ void __launch_bounds__(kThreads, 2) score_kernel(TileParams p) {
   using C = Config<kHeadDim>;
   extern __shared__ __align__(1024) char smem[];
@@ -404,7 +404,7 @@ __global__ void __launch_bounds__(kThreads, 2) score_kernel(TileParams p) {
       for (int column = 0; column < C::kBlockN; column += kSubN) {
         float z[C::kRowTiles][kSubN / 2] = {};
         multiply<T, C>(a, here, column, z);
-        to_logits<C, true, kSoftcap>(p, tile, chunks, chunk0, column, columns, masked, z);
+        to_logits<C, true>(p, tile, chunks, chunk0, column, columns, masked, z);
         float warp_sums[kSubN / 8][2] = {};
 #pragma unroll
         for (int m = 0; m < C::kRowTiles; ++m) {
@@ -454,8 +454,8 @@ cudaError_t launch(const MassParams& x, const MassMeans& means, void* scratch, c
   using C = Config<kHeadDim>;
   TileParams p = plan<C>(x);
   p.means = means, p.partial = static_cast<float2*>(scratch);
-  const auto lse = x.softcap > 0 ? lse_kernel<T, kHeadDim, true> : lse_kernel<T, kHeadDim, false>;
-  const auto scores = x.softcap > 0 ? score_kernel<T, kHeadDim, true> : score_kernel<T, kHeadDim, false>;
+  const auto lse = lse_kernel<T, kHeadDim>;
+  const auto scores = score_kernel<T, kHeadDim>;
   cudaError_t error = cudaFuncSetAttribute(lse, cudaFuncAttributeMaxDynamicSharedMemorySize, C::kSmemBytes);
   if (error == cudaSuccess) {
     error = cudaFuncSetAttribute(scores, cudaFuncAttributeMaxDynamicSharedMemorySize, C::kSmemBytes);

@@ -135,7 +135,7 @@ __device__ void load_rows(const WgmmaParams& p, const RowTile& tile, char* rows,
     const SlotRow at = slot_row<C>(p, tile, slot);
     const int block = tile.first_block + max(at.block, 0), sample = at.row % p.sampled.samples;
     const bool used = at.block >= 0 && p.sampled.used(block, sample);
-    const int head = tile.pair % p.selection_heads * p.list_heads + at.row / p.sampled.samples;
+    const int head = p.head_of(tile.pair, at.row);
     shared.row_at[slot] =
         used ? tile.pair / p.selection_heads * p.q_batch + head * p.q_head + p.sampled.row(block, sample) * p.q_token
              : -1;
@@ -364,7 +364,7 @@ __device__ void find_reach(const WgmmaParams& p, const RowTile& tile, typename C
 
 // Turns products into logits where not every chunk counts for every row or a product may have overflowed: -inf for what
 // does not count, the cut chunk's own logit, with log2 n_c if kLengths. The lane's factors and lengths become 1.
-template <class C, bool kSoftcap, bool kLengths>
+template <class C, bool kLengths>
 __device__ inline void mask_logits(const WgmmaParams& p, const Chunks& chunks, int chunk0, int group,
                                    const typename C::Shared& shared, float (&acc)[C::kAcc], LaneChunks& lane) {
   const int chunk = chunk0 + warp_id() % 4 * 16 + lane_id() / 4, member = lane_id() % 4;
@@ -386,7 +386,6 @@ __device__ inline void mask_logits(const WgmmaParams& p, const Chunks& chunks, i
       const int half = i / 2;
       float& z = acc[4 * n + i];
       z *= lane.factor[half];
-      if (kSoftcap) z = softcapped2(z, p.softcap);
       const bool counts = (begin[half] <= p1) & (end[half] > after) & (fabsf(z) < INFINITY);
       z = counts ? z + length[half] : -INFINITY;
     }
@@ -402,8 +401,10 @@ __device__ inline void mask_logits(const WgmmaParams& p, const Chunks& chunks, i
   for (int half = 0; half < 2; ++half) lane.factor[half] = lane.tokens[half] = 1;
 }
 
+// A branch that all threads take alike: a kernel of its own for the cap would double what is compiled here.
 template <class C>
 __device__ inline void cap_logits(const WgmmaParams& p, float (&acc)[C::kAcc], LaneChunks& lane) {
+  if (p.softcap <= 0) return;
 #pragma unroll
   for (int i = 0; i < C::kAcc; ++i) acc[i] = softcapped2(acc[i] * lane.factor[i % 4 / 2], p.softcap);
   lane.factor[0] = lane.factor[1] = 1;

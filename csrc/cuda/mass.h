@@ -32,10 +32,14 @@ struct MassParams {
   __device__ int held(int batch) const { return held_keys(cache_seqlens, batch, seqlen_k); }
   __host__ __device__ int rows() const { return list_heads * sampled.samples; }  // of a list and block
 
+  // The query head of a row of a pair's list.
+  __device__ int head_of(int pair, int row) const {
+    return pair % selection_heads * list_heads + row / sampled.samples;
+  }
+
   // Where the logsumexp of a row of a pair's block goes.
   __device__ float& lse(int pair, int block, int row) const {
-    const int batch = pair / selection_heads, head = pair % selection_heads * list_heads + row / sampled.samples;
-    const int64_t of_head = static_cast<int64_t>(batch) * heads + head;
+    const int64_t of_head = static_cast<int64_t>(pair / selection_heads) * heads + head_of(pair, row);
     return row_lse[(of_head * query_blocks + block) * sampled.samples + row % sampled.samples];
   }
 };
