@@ -6,13 +6,14 @@
 //   attend_kernel    split over keys: a block takes 64 kept keys for up to four heads of one KV head
 //   merge_kernel     the splits' partial results by their lse
 //
-// Each but the first is launched while the one before still runs (device/early_launch.h).
+// Each is launched while the one before still runs (device/early_launch.h), the first beside whatever came before it.
 //
 // At one query, 128K keys and 8,192 chunks the bytes are 4 MB of chunk vectors a selection head and 8 MB of keys and
 // values: 4 us of memory time, so latency is what counts. float32 throughout; out in q's dtype. A row with no key: out
 // 0, lse -inf.
 #include <algorithm>
 
+#include "cuda/device/cp_async.h"
 #include "cuda/device/early_launch.h"
 #include "cuda/device/load.h"
 #include "cuda/device/scan.h"
@@ -50,7 +51,7 @@ __device__ void load_mean_queries(const ScoreParams& p, float (*q_mean)[kMostDim
     float sum[kVec<T>] = {};
     for (int h = group; group < groups && h < p.heads_pooled; h += groups) {
       float wide[kVec<T>];
-      widen<T>(load16(q + h * p.stride_head + u * p.stride_token + lane * kVec<T>), wide);
+      widen<T>(*reinterpret_cast<const uint4*>(q + h * p.stride_head + u * p.stride_token + lane * kVec<T>), wide);
 #pragma unroll
       for (int j = 0; j < kVec<T>; ++j) sum[j] += wide[j];
     }
@@ -74,9 +75,10 @@ __global__ void __launch_bounds__(kScoreThreads) score_kernel(ScoreParams p) {
   __shared__ float q_mean[kMostQueries][kMostDim];
   __shared__ float parts[kScoreThreads * kVec<T>];
   const int64_t pair = static_cast<int64_t>(blockIdx.z) * p.selection_heads + blockIdx.y;
-  const int count = min(max(__ldg(p.num_chunks + blockIdx.z), 0), p.capacity);
   const int first = blockIdx.x * kChunksPerBlock + warp_id() * kChunksPerWarp;
+  wait_for_previous();  // the caller's, which may have written the chunks that select_keys reads before it waits
   let_next_begin();
+  const int count = min(max(p.num_chunks[blockIdx.z], 0), p.capacity);
   if (static_cast<int>(blockIdx.x) * kChunksPerBlock >= count) return;
 
   // A lane holds channels [4 lane, 4 lane + 4) and the same plus 128 of eight chunks, loaded before q is there.
@@ -88,7 +90,7 @@ __global__ void __launch_bounds__(kScoreThreads) score_kernel(ScoreParams p) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int x = channel + half * 128;
-      k[c][half] = x < p.head_dim ? __ldg(reinterpret_cast<const float4*>(row + x)) : make_float4(0, 0, 0, 0);
+      k[c][half] = x < p.head_dim ? *reinterpret_cast<const float4*>(row + x) : make_float4(0, 0, 0, 0);
     }
   }
   load_mean_queries<T>(p, q_mean, parts);
@@ -180,6 +182,7 @@ struct KeptKeys {
     first_run = min(static_cast<int>(threadIdx.x) * share, num_runs);
     last_run = min(first_run + share, num_runs);
     int mine = 0;
+#pragma unroll 1
     for (int r = first_run; r < last_run; ++r) mine += tokens(r);
     first_key = scan.exclusive_sum(mine, &count);
   }
@@ -187,8 +190,10 @@ struct KeptKeys {
   // positions[i] = the position of kept key first + i, i < n; the block calls and synchronises after.
   __device__ void write_positions(int first, int n, int* positions) const {
     int key = first_key;
+#pragma unroll 1
     for (int r = first_run; r < last_run && key < first + n; ++r) {
       const int start = begin(r), length = tokens(r);
+#pragma unroll 1
       for (int i = max(first - key, 0); i < length && key + i < first + n; ++i) positions[key + i - first] = start + i;
       key += length;
     }
@@ -198,19 +203,37 @@ struct KeptKeys {
 constexpr float kLog2e = 1.44269504088896341f, kLn2 = 0.693147180559945309f;
 constexpr float kLowest = -1e30f;  // finite, so that a row with no key has differences of 0 and a sum of 0
 
-__device__ inline float logit2(float product, float scale, float softcap) {
-  const float s = product * scale;
-  return (softcap > 0 ? softcap * tanhf(s / softcap) : s) * kLog2e;
+// Products as logits in log2 units.
+template <int kHeads>
+__device__ inline void to_logits2(const AttendParams& p, float (&z)[kHeads]) {
+  const float scale = p.softcap > 0 ? p.scale / p.softcap : p.scale * kLog2e;
+#pragma unroll
+  for (int h = 0; h < kHeads; ++h) z[h] *= scale;
+  if (p.softcap <= 0) return;
+#pragma unroll
+  for (int h = 0; h < kHeads; ++h) z[h] = p.softcap * kLog2e * tanhf(z[h]);
 }
 
+// A thread block takes a split's keys for kHeads heads, lanes of a RowShape a row. All rows of a trip to memory are
+// asked for at once, into shared memory: a thread reads back what it has copied itself. The loop over them is not
+// unrolled: a thread block runs it once, and waits for its instructions longer than for their results.
 template <class T, int kHeadDim, int kHeads>
 __global__ void __launch_bounds__(kAttendThreads) attend_kernel(AttendParams p) {
   using Shape = RowShape<T, kHeadDim>;
-  constexpr int kBatch = 4;  // rows a lane group has in flight
+  constexpr int kShare = kSplitKeys / Shape::kGroups, kMost = 8 / Shape::kPieces;
+  constexpr int kBatch = kShare < kMost ? kShare : kMost;  // rows a lane group has in flight
+  struct Stage {
+    uint4 k[kBatch][Shape::kPieces][kAttendThreads], v[kBatch][Shape::kPieces][kAttendThreads];
+  };
+  struct Groups {
+    float out[Shape::kGroups][kHeads][kHeadDim], factor[Shape::kGroups][kHeads];
+    float2 sums[Shape::kGroups][kHeads];
+  };
   __shared__ BlockScan<kAttendThreads> scan;
   __shared__ int positions[kSplitKeys];
-  __shared__ float group_out[Shape::kGroups][kHeads][kHeadDim];
-  __shared__ float2 group_sums[Shape::kGroups][kHeads];
+  __shared__ __align__(16) char memory[sizeof(Stage) > sizeof(Groups) ? sizeof(Stage) : sizeof(Groups)];
+  Stage& stage = *reinterpret_cast<Stage*>(memory);
+  Groups& groups = *reinterpret_cast<Groups*>(memory);  // once all keys are taken
 
   const int split = blockIdx.x, batch = blockIdx.z / p.seqlen_q, u = blockIdx.z % p.seqlen_q;
   const int first_in_share = blockIdx.y % p.head_groups * kHeads;
@@ -243,81 +266,93 @@ __global__ void __launch_bounds__(kAttendThreads) attend_kernel(AttendParams p) 
     kept.write_positions(first, n, positions);
     __syncthreads();
     for (int base = group; base - group < n; base += kBatch * Shape::kGroups) {
-      uint4 raw_k[kBatch][Shape::kPieces], raw_v[kBatch][Shape::kPieces];
-#pragma unroll
+#pragma unroll 2
       for (int i = 0; i < kBatch; ++i) {
         const int key = base + i * Shape::kGroups;
         const int64_t position = key < n ? positions[key] : 0;
-        Shape::load(k + position * p.k_token, raw_k[i], key < n);
-        Shape::load(v + position * p.v_token, raw_v[i], key < n);
-      }
-      float weight[kBatch][kHeads];
 #pragma unroll
+        for (int piece = 0; piece < Shape::kPieces; ++piece) {
+          const bool valid = key < n && Shape::holds(piece);
+          const int64_t channel = valid ? Shape::channel(piece) : 0;
+          cp_async_16(smem_address(&stage.k[i][piece][threadIdx.x]), k + position * p.k_token + channel, valid);
+          cp_async_16(smem_address(&stage.v[i][piece][threadIdx.x]), v + position * p.v_token + channel, valid);
+        }
+      }
+      cp_async_commit();
+      cp_async_wait<0>();
+#pragma unroll 1
       for (int i = 0; i < kBatch; ++i) {
-        float row[Shape::kValues];
-        Shape::widen_row(raw_k[i], row);
+        const bool valid = base + i * Shape::kGroups < n;
+        uint4 raw[Shape::kPieces];
+        float row[Shape::kValues], z[kHeads], rescale[kHeads];
+#pragma unroll
+        for (int piece = 0; piece < Shape::kPieces; ++piece) raw[piece] = stage.k[i][piece][threadIdx.x];
+        Shape::widen_row(raw, row);
 #pragma unroll
         for (int h = 0; h < kHeads; ++h) {
-          float dot = 0;
+          z[h] = 0;
 #pragma unroll
-          for (int j = 0; j < Shape::kValues; ++j) dot += q[h][j] * row[j];
-#pragma unroll
-          for (int step = Shape::kLanes / 2; step > 0; step /= 2) dot += __shfl_xor_sync(kFullWarp, dot, step);
-          weight[i][h] = logit2(dot, p.scale, p.softcap);
+          for (int j = 0; j < Shape::kValues; ++j) z[h] += q[h][j] * row[j];
         }
-      }
 #pragma unroll
-      for (int h = 0; h < kHeads; ++h) {
-        float top = row_max[h];
+        for (int step = Shape::kLanes / 2; step > 0; step /= 2) {
 #pragma unroll
-        for (int i = 0; i < kBatch; ++i) {
-          if (base + i * Shape::kGroups < n) top = fmaxf(top, weight[i][h]);
+          for (int h = 0; h < kHeads; ++h) z[h] += __shfl_xor_sync(kFullWarp, z[h], step);
         }
-        const float rescale = exp2f(row_max[h] - top);
-        row_max[h] = top, row_sum[h] *= rescale;
+        to_logits2(p, z);
 #pragma unroll
-        for (int j = 0; j < Shape::kValues; ++j) out[h][j] *= rescale;
-#pragma unroll
-        for (int i = 0; i < kBatch; ++i) {
-          weight[i][h] = base + i * Shape::kGroups < n ? exp2f(weight[i][h] - top) : 0.0f;
-          row_sum[h] += weight[i][h];
+        for (int h = 0; h < kHeads; ++h) {
+          const float top = valid ? fmaxf(row_max[h], z[h]) : row_max[h];
+          rescale[h] = exp2f(row_max[h] - top), z[h] = valid ? exp2f(z[h] - top) : 0.0f;
+          row_max[h] = top, row_sum[h] = row_sum[h] * rescale[h] + z[h];
         }
-      }
 #pragma unroll
-      for (int i = 0; i < kBatch; ++i) {
-        float row[Shape::kValues];
-        Shape::widen_row(raw_v[i], row);
+        for (int piece = 0; piece < Shape::kPieces; ++piece) raw[piece] = stage.v[i][piece][threadIdx.x];
+        Shape::widen_row(raw, row);
 #pragma unroll
         for (int h = 0; h < kHeads; ++h) {
 #pragma unroll
-          for (int j = 0; j < Shape::kValues; ++j) out[h][j] += weight[i][h] * row[j];
+          for (int j = 0; j < Shape::kValues; ++j) out[h][j] = out[h][j] * rescale[h] + z[h] * row[j];
         }
       }
     }
   }
 
+  __syncthreads();
 #pragma unroll
   for (int h = 0; h < kHeads; ++h) {
 #pragma unroll
     for (int i = 0; i < Shape::kPieces; ++i) {
       if (!Shape::holds(i)) continue;
 #pragma unroll
-      for (int j = 0; j < kVec<T>; ++j) group_out[group][h][Shape::channel(i) + j] = out[h][i * kVec<T> + j];
+      for (int j = 0; j < kVec<T>; ++j) groups.out[group][h][Shape::channel(i) + j] = out[h][i * kVec<T> + j];
     }
-    if (lane_id() % Shape::kLanes == 0) group_sums[group][h] = make_float2(row_max[h], row_sum[h]);
+    if (lane_id() % Shape::kLanes == 0) groups.sums[group][h] = make_float2(row_max[h], row_sum[h]);
   }
   __syncthreads();
-  for (int h = 0; h < heads; ++h) {
+  const int64_t part = (static_cast<int64_t>(blockIdx.z) * p.heads + head0) * p.splits + split;  // + h * p.splits
+  if (threadIdx.x < Shape::kGroups * kHeads) {
+    const int g = threadIdx.x / kHeads, h = threadIdx.x % kHeads;
     float top = kLowest, sum = 0;
-    for (int g = 0; g < Shape::kGroups; ++g) top = fmaxf(top, group_sums[g][h].x);
-    for (int g = 0; g < Shape::kGroups; ++g) sum += group_sums[g][h].y * exp2f(group_sums[g][h].x - top);
-    const int64_t part = (static_cast<int64_t>(blockIdx.z) * p.heads + head0 + h) * p.splits + split;
-    for (int d = threadIdx.x; d < kHeadDim; d += kAttendThreads) {
-      float total = 0;
-      for (int g = 0; g < Shape::kGroups; ++g) total += group_out[g][h][d] * exp2f(group_sums[g][h].x - top);
-      p.partial_out[part * kHeadDim + d] = total;
+#pragma unroll 1
+    for (int other = 0; other < Shape::kGroups; ++other) top = fmaxf(top, groups.sums[other][h].x);
+    groups.factor[g][h] = exp2f(groups.sums[g][h].x - top);
+    if (g == 0 && h < heads) {
+#pragma unroll 1
+      for (int other = 0; other < Shape::kGroups; ++other) {
+        sum += groups.sums[other][h].y * exp2f(groups.sums[other][h].x - top);
+      }
+      p.partial_sums[part + h * p.splits] = make_float2(top, sum);
     }
-    if (threadIdx.x == 0) p.partial_sums[part] = make_float2(top, sum);
+  }
+  __syncthreads();
+#pragma unroll 1
+  for (int i = threadIdx.x; i < heads * kHeadDim; i += kAttendThreads) {
+    const int h = i / kHeadDim, d = i % kHeadDim;
+    float total = 0;
+#pragma unroll
+    for (int g = 0; g < Shape::kGroups; ++g) total += groups.out[g][h][d] * groups.factor[g][h];
+    p.partial_out[(part + h * p.splits) * kHeadDim + d] = total;
   }
 }
 
@@ -430,8 +465,8 @@ cudaError_t launch_scores(const SparseDecode& x, const Plan& plan, cudaStream_t 
                          static_cast<int>(capacity),
                          static_cast<int>(selection_heads),
                          static_cast<int>(x.q.shape[1] / selection_heads)};
-  score_kernel<T><<<dim3(ceil_div(capacity, kChunksPerBlock), selection_heads, batch), kScoreThreads, 0, stream>>>(p);
-  return cudaGetLastError();
+  const dim3 grid(ceil_div(capacity, kChunksPerBlock), selection_heads, batch);
+  return launch_early(score_kernel<T>, grid, kScoreThreads, stream, p);
 }
 
 template <class T, int kHeadDim>
