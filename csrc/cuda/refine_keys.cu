@@ -66,7 +66,7 @@ __device__ int coarse_list(const Candidates& keys, int want, const Chunks& chunk
   int ties_used = 0, count = 0;
   for (int tile = first; tile < last; tile += kChunkWords * 32) {
     selection.vote(tile, last);
-    ChunkWord word = selection.decide(tile, ties_used);
+    ChunkWord word = selection.decide(tile, last, ties_used);
     const int word_first = tile + static_cast<int>(threadIdx.x) * 32;
     const auto taken = [&](int bit) {
       return word.divided >> bit & 1 ? word.take : selection.free_tokens(word_first + bit);

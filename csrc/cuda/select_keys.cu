@@ -107,7 +107,7 @@ struct RunList {
     }
     __syncthreads();
     const uint32_t mine = 1u << lane_id();
-#pragma unroll 4
+#pragma unroll 1
     for (int w = warp_id(); w < kChunkWords; w += kThreads / 32) {
       const uint32_t on_or_off = words.above[w], divided = words.equal[w];
       if (((on_or_off | divided) & mine) == 0) continue;
@@ -126,7 +126,7 @@ struct RunList {
     if (kept && threadIdx.x == 0) out.write(0, keys.begin, 1);
     for (int tile = first; tile < last; tile += kChunkWords * 32) {
       selection.vote(tile, last);
-      const ChunkWord word = selection.decide(tile, ties_used);
+      const ChunkWord word = selection.decide(tile, last, ties_used);
       const uint32_t toggled = toggles(word, kept_before(word, kept));
       int total;
       int event = events + shared.selection.select.scan.exclusive_sum(__popc(toggled) + (word.divided != 0), &total);
@@ -171,8 +171,10 @@ __global__ void __launch_bounds__(kThreads, 1024 / kThreads) select_keys_kernel(
   const Candidates keys(p.rules, held, block, chunks.begin(chunks.count));
   const RunWriter out = {p.runs + row * p.run_capacity * 2, p.run_capacity, shared.last};
 
-  // Bounds do not depend on scores: they are found before the kernel that writes those is done.
-  if (!keys.all_kept() && warp_id() < 2) {  // two searches at once: each is a chain of dependent loads
+  // Chunks that fit the registers are all looked at; of more, those in reach. Bounds do not depend on scores: they are
+  // found before the kernel that writes those is done.
+  const bool few = kThreads == kFewThreads && chunks.count <= kFewThreads * kFewKeys;
+  if (!keys.all_kept() && !few && warp_id() < 2) {  // two searches at once: each is a chain of dependent loads
     const int bound = chunks.first_bound_at_or_after(warp_id() == 0 ? keys.free_begin + 1 : keys.free_end);
     if (lane_id() == 0) shared.last[warp_id()] = bound;
   }
@@ -183,9 +185,12 @@ __global__ void __launch_bounds__(kThreads, 1024 / kThreads) select_keys_kernel(
     count = keys.begin < keys.end;
     if (count > 0 && threadIdx.x == 0) out.write(0, keys.begin, 2), out.write(1, keys.end, 2);
   } else {
-    __syncthreads();
-    const int first = max(shared.last[0] - 1, 0), last = min(shared.last[1], chunks.count);
-    __syncthreads();
+    int first = 0, last = chunks.count;
+    if (!few) {
+      __syncthreads();
+      first = max(shared.last[0] - 1, 0), last = min(shared.last[1], last);
+      __syncthreads();
+    }
     ChunkSelection<kThreads> selection = {keys, chunks, p.scores + slab_row * p.capacity, shared.selection};
     if constexpr (kThreads == kFewThreads) {
       const auto scores_are_there = [] { wait_for_previous(); };

@@ -97,7 +97,7 @@ struct ChunkSelection {
 #pragma unroll
       for (int j = 0; j < kBatch; ++j) {
         const int i = (batch + j) * kThreads + static_cast<int>(threadIdx.x);
-        score[j] = i < n ? scores[first + i] : 0.0f;
+        score[j] = weight(batch + j) > 0 ? scores[first + i] : 0.0f;
       }
 #pragma unroll
       for (int j = 0; j < kBatch; ++j) key[batch + j] = weight(batch + j) > 0 ? order_key(score[j]) : 0;
@@ -137,19 +137,23 @@ struct ChunkSelection {
   }
 
   // This thread's word. Ties: lower chunks first, the last one cut at its end; ties_used counts their keys.
-  __device__ ChunkWord decide(int tile, int& ties_used) {
+  __device__ ChunkWord decide(int tile, int last, int& ties_used) {
     ChunkWord word;
     uint32_t equal = 0;
     if (threadIdx.x < kChunkWords) {
       word.present = shared.present[threadIdx.x], word.kept = shared.above[threadIdx.x];
       equal = shared.equal[threadIdx.x];
     }
-    if (!__syncthreads_or(equal != 0)) return word;
+    const int words = __syncthreads_count(equal != 0);
+    if (words == 0) return word;
     const int first = tile + static_cast<int>(threadIdx.x) * 32;
-    int keys_here = 0, total;
-    for (uint32_t bits = equal; bits != 0; bits &= bits - 1) keys_here += free_tokens(first + __ffs(bits) - 1);
-    int used = ties_used + shared.select.scan.exclusive_sum(keys_here, &total);
-    ties_used += total;
+    int used = ties_used;
+    if (words > 1 || tile + kChunkWords * 32 < last) {
+      int keys_here = 0, total;
+      for (uint32_t bits = equal; bits != 0; bits &= bits - 1) keys_here += free_tokens(first + __ffs(bits) - 1);
+      used += shared.select.scan.exclusive_sum(keys_here, &total);
+      ties_used += total;
+    }
     for (uint32_t bits = equal; bits != 0 && used < cutoff.rest; bits &= bits - 1) {
       const uint32_t bit = bits & (0u - bits);
       const int tokens = free_tokens(first + __ffs(bits) - 1);

@@ -39,26 +39,27 @@ struct RegisterSelect {
   __device__ Cutoff select(const uint32_t (&key)[kKeys], int want, Weight weight) {
     Bins bins = span(key, want, [](uint32_t) { return true; });
     while (bins.width > 0) {
+      int bin_of[kKeys];
 #pragma unroll
       for (int j = 0; j < kKeys; ++j) {
-        if (bins.hold(key[j])) atomicAdd(&memory.histogram[bins.of(key[j])], weight(j));
+        bin_of[j] = bins.hold(key[j]) ? bins.of(key[j]) : -1;
+        if (bin_of[j] >= 0) atomicAdd(&memory.histogram[bin_of[j]], weight(j));
       }
       __syncthreads();
       find_bin(want);
       __syncthreads();
       const int bin = shared.digit;
       want = shared.rest;
-      const auto left = [&](uint32_t k) { return bins.hold(k) && bins.of(k) == bin; };
 #pragma unroll
       for (int j = 0; j < kKeys; ++j) {
-        if (!left(key[j])) continue;
+        if (bin_of[j] != bin) continue;
         const int at = atomicAdd(&shared.few, 1);
         if (at < 32) shared.few_keys[at] = key[j], shared.few_weights[at] = weight(j);
       }
       __syncthreads();
       if (shared.few <= 32) return among_few(want);
       __syncthreads();  // all have read `few`
-      bins = span(key, want, left);
+      bins = span(key, want, [&](uint32_t k) { return bins.hold(k) && bins.of(k) == bin; });
     }
     return {bins.base, want};  // all that is left are equal
   }
