@@ -103,7 +103,7 @@ def test_chunks_are_those_of_a_chunk_index(config):
         step(feed[:, n : n + 1])
     assert bool((step.num_chunks > before).all())
     for i, index in enumerate(indices):
-        index.extend(step.keys[i][:, :, 150:230])
+        index.extend(step.buffers[i][0][:, :, 150:230])
         assert torch.equal(step.num_chunks[i], index.num_chunks) and torch.equal(step.starts[i], index.tail_starts)
         for row, count in enumerate(index.num_chunks.tolist()):
             assert torch.equal(step.offsets[i, row, : count + 1], index.offsets[row, : count + 1])

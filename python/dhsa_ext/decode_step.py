@@ -44,10 +44,9 @@ def _attend(
     return out.transpose(1, 2).contiguous(), None
 
 
-def write_token(keys: Tensor, values: Tensor, slot: Tensor, key: Tensor, value: Tensor) -> None:
-    """One token's key and value [B, Hkv, 1, D] into buffers [B, Hkv, N, D] at slot, int64 [1]."""
-    keys.index_copy_(2, slot, key)
-    values.index_copy_(2, slot, value)
+def write_token(buffer: Tensor, slot: Tensor, key: Tensor, value: Tensor) -> None:
+    """One token's key and value [B, Hkv, 1, D] into a buffer of both [2, B, Hkv, N, D] at slot, int64 [1]."""
+    buffer.index_copy_(3, slot, torch.stack([key, value]))
 
 
 class DecodeStep:
@@ -86,8 +85,8 @@ class DecodeStep:
             self._check_length()
         self._fill_buffers(cache)
         if self.sparse:
-            self._stack_indices([self._index_of(modules[i], self.keys[i]) for i in self.sparse])
-        self._ids = torch.zeros(self.keys[0].shape[0], 1, dtype=torch.int64, device=device)
+            self._stack_indices([self._index_of(modules[i], self.buffers[i][0]) for i in self.sparse])
+        self._ids = torch.zeros(self.buffers[0].shape[1], 1, dtype=torch.int64, device=device)
         self._compiled = torch.compile(self._forward, dynamic=False) if mode == "compile" else None
         self._graph: torch.cuda.CUDAGraph | None = None
 
@@ -96,9 +95,10 @@ class DecodeStep:
     def update(self, key: Tensor, value: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """As a Cache: write the new token's key and value [B, Hkv, 1, D], give the layer's buffers."""
         window = self.windows[layer_idx]
-        slot = self.position if window is None else self.position % self.keys[layer_idx].shape[2]
-        write_token(self.keys[layer_idx], self.values[layer_idx], slot, key, value)
-        return self.keys[layer_idx], self.values[layer_idx]
+        buffer = self.buffers[layer_idx]
+        slot = self.position if window is None else self.position % buffer.shape[3]
+        write_token(buffer, slot, key, value)
+        return buffer[0], buffer[1]
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float | None, softcap: float) -> Tensor:
         if layer in self.sparse:
@@ -160,12 +160,11 @@ class DecodeStep:
         cut = ((open_length > self.config.nms_radius) & (score > self.bars)) | (open_length == most)
 
         chunk = self._rows_at((self.starts.view(-1, 1) + self._within).clamp_(max=self.capacity - 1))
-        torch.clamp(open_length.view(-1), 0, most, out=self._ends[:, 1])
+        self._ends[:, 1] = open_length.view(-1).clamp(0, most)
         pooled = ops.chunk_pool(chunk, self._ends, self._one_chunk, self.pooled.shape[2], self._scale)
         # Where nothing is cut, the column past the last chunk is written, which nobody reads.
-        column = self.num_chunks.view(*self.num_chunks.shape, 1, 1, 1).long()
-        self.pooled.scatter_(3, column.expand(-1, -1, *self.pooled.shape[2:3], -1, self.pooled.shape[4]),
-                             pooled.view(*self.pooled.shape[:3], 1, -1))  # fmt: skip
+        column = (self._first_columns + self.num_chunks.view(-1, 1)).flatten()
+        self._flat_pooled.index_copy_(0, column, pooled.flatten(0, 2))
         torch.where(cut, t, self.starts, out=self.starts)
         self.num_chunks += cut
         past = self._columns >= self.num_chunks[..., None]
@@ -176,10 +175,10 @@ class DecodeStep:
 
         Whole rows of eight-byte words: torch gathers along an inner dimension of over 2^31 elements in several.
         """
-        keys = self._stacked_keys
+        stacked = self._stacked
         rows = (self._first_rows + positions[:, None]).flatten()
-        words = keys.view(torch.int64).flatten(0, 3).index_select(0, rows)
-        return words.view(keys.dtype).view(*self._first_rows.shape[:2], -1, keys.shape[4])
+        words = stacked.view(torch.int64).flatten(0, 4).index_select(0, rows)
+        return words.view(stacked.dtype).view(*self._first_rows.shape[:2], -1, stacked.shape[5])
 
     # ---- capture
 
@@ -214,28 +213,21 @@ class DecodeStep:
     def _fill_buffers(self, cache: DynamicCache) -> None:
         """Each layer's keys and values into its buffer, one layer after the other: two copies of one exist at most.
 
-        Sparse layers share one tensor [L, B, Hkv, N, D].
+        Sparse layers share one tensor [L, 2, B, Hkv, N, D].
         """
+        kept = [min(window or self.capacity, self.capacity) for window in self.windows]
+        shapes = [(2, *old.keys.shape[:2], n, old.keys.shape[3]) for old, n in zip(cache.layers, kept, strict=True)]
+        some = cache.layers[0].keys
         if self.sparse:
-            first = cache.layers[self.sparse[0]].keys
-            shape = (len(self.sparse), *first.shape[:2], self.capacity, first.shape[3])
-            self._stacked_keys, stacked_values = first.new_zeros(shape), first.new_zeros(shape)
-        self.keys: list[Tensor] = []
-        self.values: list[Tensor] = []
-        for i, window in enumerate(self.windows):
-            old = cache.layers[i]
-            kept = min(window or self.capacity, self.capacity)
-            if i in self.sparse:
-                self.keys.append(self._stacked_keys[self.sparse.index(i)])
-                self.values.append(stacked_values[self.sparse.index(i)])
-            else:
-                shape = (*old.keys.shape[:2], kept, old.keys.shape[3])
-                self.keys.append(old.keys.new_zeros(shape))
-                self.values.append(old.keys.new_zeros(shape))
-            held = min(old.keys.shape[2], kept)
-            slots = torch.arange(self.length - held, self.length, device=old.keys.device) % kept
-            self.keys[i].index_copy_(2, slots, old.keys[:, :, old.keys.shape[2] - held :])
-            self.values[i].index_copy_(2, slots, old.values[:, :, old.values.shape[2] - held :])
+            self._stacked = some.new_zeros(len(self.sparse), *shapes[self.sparse[0]])
+        self.buffers: list[Tensor] = []
+        for i, (old, n) in enumerate(zip(cache.layers, kept, strict=True)):
+            buffer = self._stacked[self.sparse.index(i)] if i in self.sparse else some.new_zeros(shapes[i])
+            held = min(old.keys.shape[2], n)
+            slots = torch.arange(self.length - held, self.length, device=some.device) % n
+            for to, x in zip(buffer, (old.keys, old.values), strict=True):
+                to.index_copy_(2, slots, x[:, :, x.shape[2] - held :])
+            self.buffers.append(buffer)
             old.keys = old.values = old.keys.new_empty(0)
 
     def _index_of(self, module: Any, keys: Tensor) -> ChunkIndex:
@@ -269,11 +261,15 @@ class DecodeStep:
         self._scale = indices[0].scale
 
         # What _decide_cuts reads and never changes, and the ends of the one chunk that it pools.
-        device, lists, kv_heads = self.starts.device, self.starts.numel(), self._stacked_keys.shape[2]
-        self._first_rows = torch.arange(lists * kv_heads, device=device).view(lists, kv_heads, 1) * self.capacity
+        device, lists = self.starts.device, self.starts.numel()
+        first_rows = torch.arange(0, self._stacked[..., 0].numel(), self.capacity, device=device)
+        self._first_rows = first_rows.view(self._stacked.shape[:4])[:, 0].reshape(lists, -1, 1)
         self._ago = torch.arange(-2 * config.boundary_window, 0, device=device)
         self._within = torch.arange(MAX_OPEN_CHUNK, device=device)
         self._columns = torch.arange(self.offsets.shape[2], device=device)
+        # Written as itself: for a view made in the step torch.compile copies all of it.
+        self._flat_pooled = self.pooled.flatten(0, 3)
+        self._first_columns = torch.arange(0, self.pooled[..., 0].numel(), room, device=device).view(lists, -1)
         self._ends = torch.zeros(lists, 2, dtype=torch.int32, device=device)
         self._one_chunk = torch.ones(lists, dtype=torch.int32, device=device)
 
