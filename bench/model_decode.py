@@ -2,8 +2,8 @@
 
 DHSA decodes through dhsa_ext's DecodeStep, always sparsely. Dense attention gets the best that a graph of it can be:
 its step stands still at one length, so that its own kernel reads exactly that many keys without a mask (PinnedStep).
-On a GPU both have the norms, MLPs and rotary embedding of the model and the write to the cache compiled
-(small_parts_compiled): unfused, those are most of its 47 launches a layer, and take as long as the attention.
+On a GPU both have the norms, MLPs and rotary embedding of the model and the write to the cache compiled, DHSA its cuts
+(small_parts_compiled): unfused, those are most of the 47 launches a layer, and take as long as the attention.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class PinnedStep:
     def __init__(self, model: Any, cache: DynamicCache, implementation: str, device: str) -> None:
         eager = implementation == "eager" or getattr(model.config, "attn_logit_softcapping", None)
         self.model, self.implementation = model, "eager" if eager else "sdpa"
-        self.keys, self.values = ([self._with_slot(x) for x in kept] for kept in _taken(cache))
+        self.buffers = [self._with_slot(layer) for layer in cache.layers]
         self.ids = torch.zeros(1, 1, dtype=torch.int64, device=device)
         self.position = torch.full((1, 1), self.length(cache), dtype=torch.int64, device=device)
         AttentionInterface.register(PINNED, self._attend)
@@ -54,15 +54,20 @@ class PinnedStep:
             self.run = torch.compile(self._forward, dynamic=False)
 
     def length(self, _: DynamicCache) -> int:
-        return max(x.shape[2] for x in self.keys) - 1
+        return max(x.shape[3] for x in self.buffers) - 1
 
     @staticmethod
-    def _with_slot(x: Tensor) -> Tensor:
-        return torch.nn.functional.pad(x, (0, 0, 0, 1))
+    def _with_slot(layer: Any) -> Tensor:
+        """[2, B, Hkv, Lk + 1, D], the layer's own tensors let go."""
+        both = layer.keys.new_zeros(2, *layer.keys.shape[:2], layer.keys.shape[2] + 1, layer.keys.shape[3])
+        both[0, :, :, :-1], both[1, :, :, :-1] = layer.keys, layer.values
+        layer.keys = layer.values = layer.keys.new_empty(0)
+        return both
 
     def update(self, key: Tensor, value: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        write_last(self.keys[layer_idx], self.values[layer_idx], key, value)
-        return self.keys[layer_idx], self.values[layer_idx]
+        buffer = self.buffers[layer_idx]
+        write_last(buffer, key, value)
+        return buffer[0], buffer[1]
 
     def _attend(self, module: Any, *arguments: Any, **kwargs: Any) -> Any:
         if self.implementation == "eager":
@@ -93,21 +98,17 @@ class PinnedStep:
         return self.run()
 
 
-def write_last(keys: Tensor, values: Tensor, key: Tensor, value: Tensor) -> None:
-    keys[:, :, -1:] = key
-    values[:, :, -1:] = value
-
-
-def _taken(cache: DynamicCache) -> tuple[list[Tensor], list[Tensor]]:
-    return [layer.keys for layer in cache.layers], [layer.values for layer in cache.layers]
+def write_last(buffer: Tensor, key: Tensor, value: Tensor) -> None:
+    buffer[:, :, :, -1:] = torch.stack([key, value])
 
 
 @contextmanager
 def small_parts_compiled(model: Any) -> Iterator[None]:
-    """Norms and MLPs by nn.Module.compile, rotary embedding and cache writes by torch.compile; undone on leaving."""
+    """Norms, MLPs, rotary embedding, cache writes and cuts by torch.compile; undone on leaving."""
     parts = [m for m in model.modules() if type(m).__name__.endswith(("RMSNorm", "MLP"))]
     here, model_file = sys.modules[__name__], sys.modules[type(model).__module__]
-    functions = [(model_file, "apply_rotary_pos_emb"), (decode_step, "write_token"), (here, "write_last")]
+    functions = [(model_file, "apply_rotary_pos_emb"), (decode_step, "write_token"), (here, "write_last"),
+                 (decode_step.DecodeStep, "_decide_cuts")]  # fmt: skip
     plain = [getattr(module, name) for module, name in functions]
     for part in parts:
         part.compile(dynamic=False)
