@@ -21,7 +21,7 @@ step() { [[ " $steps " == *" $1 "* ]]; }
 run() {  # run NAME SECONDS COMMAND...
   local name=$1 limit=$2 start=$SECONDS
   shift 2
-  if timeout "$limit" "$@" >"$out/$name.log" 2>&1; then
+  if timeout "$limit" "$@" >"$out/$name.log" 2>&1 </dev/null; then
     echo "ok    $name ($((SECONDS - start)) s)"
   else
     echo "FAIL  $name (exit $?, $((SECONDS - start)) s)" | tee -a "$out/failed"
@@ -55,6 +55,7 @@ if step kernels; then
   wait
 fi
 export PYTHONPATH=$build/python
+export OMP_WAIT_POLICY=passive  # the workers of pytest-xdist share the cores
 # Python's tests run beside the sanitizers: both ask whether answers are right, and neither fills the GPU.
 if step pytest; then
   LINES_SHOWN=20 run info 60 "$python" -m dhsa_ext.info
@@ -66,10 +67,14 @@ if step sanitizer; then
   # racecheck follows neither mbarriers through a warp's leader nor words that are meant to be read while written: it is
   # kept from the sm_90a kernel and from suppress_kernel, which attention_test repeat and bitwise tests watch instead.
   races=(--kernel-name-exclude kns=suppress_kernel,kns=sm90)
-  for tool in memcheck racecheck initcheck synccheck; do
+  for tool in racecheck memcheck initcheck synccheck; do  # the slowest first
     options=(--tool $tool --error-exitcode 1)
     [[ $tool == racecheck ]] && options+=("${races[@]}")
-    for test in accurate router logits pipeline attention; do  # the longest first: 15 minutes under racecheck
+    while read -r part; do  # the longest test, in parts
+      LINES_SHOWN=1 spawn "${tool}_accurate_${part// /_}" 1500 compute-sanitizer "${options[@]}" \
+        $bin/accurate_test small "$part"
+    done < <($bin/accurate_test list | tail -n +2)  # below the name of the device
+    for test in router logits pipeline attention; do
       LINES_SHOWN=1 spawn "${tool}_$test" 1500 compute-sanitizer "${options[@]}" $bin/${test}_test small
     done
     LINES_SHOWN=1 spawn "${tool}_attention_sm80" 600 compute-sanitizer "${options[@]}" $bin/attention_test small sm80

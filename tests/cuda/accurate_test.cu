@@ -1,7 +1,7 @@
 // The accurate mode on the GPU: chunk_mass and refine_keys against float64 twins on the host, the fused calls against
 // their stages, and times.
-//   accurate_test [all | small | time | profile] [a test's name, a length or decode]
-// small: shapes for compute-sanitizer; profile: one call of each stage, for ncu
+//   accurate_test [all | small | time | profile | list] [a test's name, a length or decode]
+// small: shapes for compute-sanitizer; profile: one call of each stage, for ncu; list: the names of small's tests
 #include <set>
 
 #include "core/half.h"
@@ -696,7 +696,7 @@ int run_all(const std::string& mode, const std::string& only) {
     return 0;
   }
   if (mode == "profile") return time_prefill(32768, true), 0;
-  small_run = mode == "small";
+  small_run = mode == "small" || mode == "list";
   const std::pair<const char*, void (*)()> tests[] = {{"chunk_mass", test_mass},
                                                       {"chunk_mass of odd values", test_mass_of_odd_values},
                                                       {"chunk_mass of odd rows", test_mass_of_odd_rows},
@@ -709,6 +709,10 @@ int run_all(const std::string& mode, const std::string& only) {
                                                       {"graph replay", test_graph_replay}};
   for (const auto& [label, test] : tests) {
     if ((small_run && test == test_long_refine) || (!only.empty() && only != label)) continue;
+    if (mode == "list") {
+      std::printf("%s\n", label);
+      continue;
+    }
     const int before = failures(), checked = checks();
     test();
     std::printf("%-28s %6d checks, %d failed\n", label, checks() - checked, failures() - before);
