@@ -182,6 +182,7 @@ def test_training_resumes_where_it_stopped(tmp_path, monkeypatch, capsys):
     assert run(parts, "--documents", "2", monkeypatch=monkeypatch, text=text) == 0
     assert run(parts, "--documents", "4", "--resume", monkeypatch=monkeypatch, text=text) == 0
     metrics = [list(csv.DictReader((out / "metrics.csv").open())) for out in (whole, parts)]
+    assert all(float(row.pop("peak_mib")) > 1 for rows in metrics for row in rows)
     assert metrics[0] == metrics[1] and [row["documents"] for row in metrics[0]] == ["1", "2", "3"]
     assert {"loss", "val_loss", "rank_correlation", "top_hits"} <= set(metrics[0][0])
     made = [BoundaryPredictor.load(out / "predictor.safetensors", tiny().model) for out in (whole, parts)]

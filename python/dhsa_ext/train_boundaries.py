@@ -5,7 +5,8 @@ labels, streamed by rows, and a step of focal BCE is made for each layer's keys.
 
     predictor.safetensors   the weights, with their configuration
     state.pt                what a later run with --resume goes on from
-    metrics.csv             after each document: loss, and on held-out documents loss, rank correlation, top-quota hits
+    metrics.csv             after each document: loss, and on held-out documents loss, rank correlation, top-quota hits;
+                            peak_mib, the most memory so far: torch's on a GPU, else the process's
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import argparse
 import csv
 import math
 import random
+import resource
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -144,6 +146,14 @@ def validate(predictor: BoundaryPredictor, held_out: Sequence[Example], positive
     return {name: value / max(1, len(held_out)) for name, value in sums.items()}
 
 
+def peak_mib(device: torch.device) -> float:
+    """The most memory so far: what torch allocated on a GPU, or what was resident of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB; bytes on macOS
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)
+
+
 # ---- training
 
 
@@ -254,6 +264,7 @@ def train(loaded: models.LoadedModel, texts: Sequence[str], arguments: argparse.
             loss = trainer.learn_document(loaded, ids)
             metrics = {"documents": trainer.documents_done, "tokens": len(ids), "loss": loss}
             metrics |= validate(trainer.predictor, hidden, arguments.positive_weight)
+            metrics["peak_mib"] = peak_mib(model.device)
             if write_header:
                 writer.writerow(metrics)
                 write_header = False
