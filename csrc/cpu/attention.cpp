@@ -101,10 +101,8 @@ void load_queries(const AttentionArgs& args, const Rows& rows, float scale, floa
 }
 
 // Tiles multiply bfloat16 pairs where the ISA can: queries stay as they are, scores are scaled, and probabilities are
-// rounded to bfloat16, as tensor cores would have them.
-bool uses_pairs(const AttentionArgs& args) {
-  return args.kernels->pack_key_pairs != nullptr && args.k.dtype == static_cast<int>(DType::kBFloat16);
-}
+// rounded to the values' type, as tensor cores would have them.
+bool uses_pairs(const AttentionArgs& args) { return args.kernels->pack_key_pairs[args.k.dtype] != nullptr; }
 
 void copy_queries(const AttentionArgs& args, const Rows& rows, float* copy) {
   uint16_t* to = reinterpret_cast<uint16_t*>(copy);
@@ -147,8 +145,9 @@ void attend_tile(const AttentionArgs& args, const Rows& rows, int64_t n, const A
   const char *k = args.k.at(rows.b, rows.kv_head, 0), *v = args.v.at(rows.b, rows.kv_head, 0);
   bool finite;
   if (pairs) {
-    kernels.pack_key_pairs(k, args.k.row, scratch.index, n, padded, head_dim, scratch.k_panels);
-    finite = kernels.pack_value_pairs(v, args.v.row, scratch.index, n, padded, head_dim, scratch.v_panels);
+    kernels.pack_key_pairs[args.k.dtype](k, args.k.row, scratch.index, n, padded, head_dim, scratch.k_panels);
+    finite =
+        kernels.pack_value_pairs[args.v.dtype](v, args.v.row, scratch.index, n, padded, head_dim, scratch.v_panels);
     kernels.gemm_pairs(m, head_dim, scratch.q, head_dim, scratch.k_panels, padded, scratch.probs, kBlockN, false);
   } else {
     kernels.pack_keys[args.k.dtype](k, args.k.row, scratch.index, n, padded, head_dim, scratch.k_panels);
@@ -200,7 +199,8 @@ void attend_tile_by_columns(const AttentionArgs& args, const Rows& rows, int64_t
   float* s = scratch.probs;
   kernels.dot_columns[args.k.dtype](tile, scratch.q, columns, args.softmax.scale, scratch.k_panels, s, lds);
   const bool finite =
-      pairs ? kernels.pack_value_pairs(tile.v, tile.v_row, tile.index, n, round_up(n, 2), head_dim, scratch.v_panels)
+      pairs ? kernels.pack_value_pairs[args.v.dtype](tile.v, tile.v_row, tile.index, n, round_up(n, 2), head_dim,
+                                                     scratch.v_panels)
             : kernels.pack_values[args.v.dtype](tile.v, tile.v_row, tile.index, n, n, head_dim, scratch.v_panels);
 
   if (args.softmax.softcap > 0.0f) {
@@ -209,7 +209,7 @@ void attend_tile_by_columns(const AttentionArgs& args, const Rows& rows, int64_t
   const bool masked = hides_keys(args, rows, n, scratch);
   if (masked) kernels.mask_columns(s, lds, tile.index, n, scratch.low, scratch.high, columns);
   kernels.softmax_columns(s, lds, n, columns, scratch.row_max, scratch.row_sum, scratch.shrink);
-  const bool key_by_key = masked && !finite;
+  const bool key_by_key = (masked || pairs) && !finite;  // a probability may round to 0, which an infinity would not
   for (int64_t r = 0; r < m; ++r) {
     float* acc = scratch.acc + r * padded_dim;
     if (scratch.shrink[r] != 1.0f) kernels.scale_row(acc, padded_dim, scratch.shrink[r]);
@@ -217,7 +217,7 @@ void attend_tile_by_columns(const AttentionArgs& args, const Rows& rows, int64_t
   }
   if (key_by_key) return;
   if (pairs) {
-    kernels.add_column_pairs(s, lds, n, scratch.v_panels, padded_dim, m, scratch.acc, padded_dim);
+    kernels.add_column_pairs[args.v.dtype](s, lds, n, scratch.v_panels, padded_dim, m, scratch.acc, padded_dim);
   } else {
     kernels.add_columns(s, lds, n, scratch.v_panels, padded_dim, m, scratch.acc, padded_dim);
   }
@@ -229,7 +229,8 @@ void load_columns(const AttentionArgs& args, const Rows& rows, const AttentionSc
   const int64_t p0 = args.seqlen_k - args.seqlen_q + rows.first_query;
   if (uses_pairs(args)) {
     copy_queries(args, rows, scratch.acc);
-    args.kernels->pack_key_pairs(scratch.acc, args.head_dim, nullptr, m, columns, args.head_dim, scratch.q);
+    args.kernels->pack_key_pairs[args.q.dtype](scratch.acc, args.head_dim, nullptr, m, columns, args.head_dim,
+                                               scratch.q);
   } else {
     load_queries(args, rows, 1.0f, scratch.acc);
     args.kernels->pack_keys[static_cast<int>(DType::kFloat32)](scratch.acc, args.head_dim, nullptr, m, columns,
@@ -259,9 +260,12 @@ void attend_rows(const AttentionArgs& args, const Rows& rows, RunList runs, cons
   std::fill_n(scratch.row_max, padded_rows, -kInfinity);
   std::fill_n(scratch.row_sum, padded_rows, 0.0f);
   KeyCursor keys = visible_keys(args, runs, p0, p0 + rows.queries - 1);
+  const bool between = uses_pairs(args) && args.kernels->begin_block != nullptr;
+  if (between) args.kernels->begin_block();
   while (const int64_t n = keys.next(scratch.index, kBlockN)) {
     by_columns ? attend_tile_by_columns(args, rows, n, scratch) : attend_tile(args, rows, n, scratch);
   }
+  if (between) args.kernels->end_block();
   for (int64_t r = 0; r < rows.count(); ++r) {
     finish_row(args, rows.b, rows.first_head + r / rows.queries, rows.first_query + r % rows.queries,
                scratch.row_max[r], scratch.row_sum[r], scratch.acc + r * padded_dim);

@@ -4,6 +4,12 @@
 #include <sys/auxv.h>
 #endif
 
+#if defined(DHSA_HAVE_AMX)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
@@ -35,6 +41,19 @@ bool machine_has_avx512bf16() { return machine_has_avx512() && __builtin_cpu_sup
 bool pairs_are_fast() { return __builtin_cpu_is("amd"); }
 #endif
 
+#if defined(DHSA_HAVE_AMX)
+// Linux has a process ask, once, for the 8 KiB of state that tiles add to a thread.
+bool machine_has_amx() {
+  constexpr unsigned kBf16 = 1u << 22, kTiles = 1u << 24;
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  if (!machine_has_avx512bf16() || !__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx)) return false;
+  if ((edx & kBf16) == 0 || (edx & kTiles) == 0) return false;
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  static const bool granted = syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+  return granted;
+}
+#endif
+
 #if defined(DHSA_HAVE_NEONFHM)
 constexpr unsigned long kHwcapFhm = 1ul << 23;  // HWCAP_ASIMDFHM, which older C libraries do not name
 
@@ -64,6 +83,9 @@ const Isa kIsas[] = {
 #endif
 #if defined(DHSA_HAVE_AVX512BF16)
     {&kAvx512bf16Kernels, machine_has_avx512bf16, pairs_are_fast},
+#endif
+#if defined(DHSA_HAVE_AMX)
+    {&kAmxKernels, machine_has_amx},
 #endif
 #if defined(DHSA_HAVE_NEON)
     {&kNeonKernels, always},  // part of the armv8-a baseline

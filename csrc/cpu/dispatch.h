@@ -1,5 +1,5 @@
 // Which instruction set runs: the last that the machine has and that pays there, detected once, or the one that
-// DHSA_FORCE_ISA=scalar|avx2|avx512|avx512bf16|neon|neonfhm|neonbf16 names.
+// DHSA_FORCE_ISA=scalar|avx2|avx512|avx512bf16|amx|neon|neonfhm|neonbf16 names.
 #pragma once
 
 #include "cpu/kernels.h"

@@ -88,22 +88,25 @@ struct Kernels {
   // mass[n] += min(1, exp(softcapped s[n] - row_lse)). n is a multiple of kMaxPanel in both.
   void (*bounded_exp_row)(float* s, int64_t n, float softcap, float row_lse, float* mass);
 
-  // Products of bfloat16, null in an ISA without an instruction for them; the last two are null too where dot_columns
+  // Products of bfloat16, null for a type without an instruction for them; the last two are null too where dot_columns
   // and add_column_pairs stand for them. Products are of pairs of neighbours in k (vdpbf16ps) or of two pairs (bfmmla).
-  // Panels are as large as their namesakes' above, in bfloat16, in an order that only the ISA's own products know;
-  // value panels reach to a multiple of kMaxPanel columns. Rows of a are bfloat16 with an even lda; sums are float32.
-  void (*pack_key_pairs)(const void* k, int64_t row_stride, const int32_t* index, int64_t n, int64_t n_padded,
-                         int64_t head_dim, void* panels) = nullptr;
-  bool (*pack_value_pairs)(const void* v, int64_t row_stride, const int32_t* index, int64_t n, int64_t n_padded,
-                           int64_t head_dim, void* panels) = nullptr;
+  // Panels are at most as large as their namesakes' above, in an order that only the ISA's own products know; value
+  // panels reach to a multiple of kMaxPanel columns. Rows of a are bfloat16 with an even lda; sums are float32.
+  void (*pack_key_pairs[3])(const void* k, int64_t row_stride, const int32_t* index, int64_t n, int64_t n_padded,
+                            int64_t head_dim, void* panels) = {};
+  bool (*pack_value_pairs[3])(const void* v, int64_t row_stride, const int32_t* index, int64_t n, int64_t n_padded,
+                              int64_t head_dim, void* panels) = {};
   // out[n] = x[n] as bfloat16; n is a multiple of kMaxPanel; out may be x.
   void (*round_row)(const float* x, int64_t n, void* out) = nullptr;
   void (*gemm_pairs)(int64_t m, int64_t k, const void* a, int64_t lda, const void* b, int64_t n, float* c, int64_t ldc,
                      bool accumulate) = nullptr;
 
   // A block of queries with its scores by key, s[n][lds], null in an ISA without it. The m columns are queries, a
-  // multiple of kMaxPanel, packed once: as pack_keys packs rows, or pack_key_pairs where there is one and the type is
-  // bfloat16.
+  // multiple of kMaxPanel, packed once: as pack_keys packs rows, or pack_key_pairs where the type has one.
+  // Where begin_block is not null, dot_columns and add_column_pairs of types with pairs lie between it and end_block,
+  // on one thread.
+  void (*begin_block)() = nullptr;
+  void (*end_block)() = nullptr;
   // s[n][0..m) = scale * k[index[n]] . q. Keys are read in place, or widened to widened[n][head_dim].
   void (*dot_columns[3])(const KeyTile& keys, const void* q_panels, int64_t m, float scale, float* widened, float* s,
                          int64_t lds) = {};
@@ -116,9 +119,9 @@ struct Kernels {
   // c[m][n] += sum over keys of p[key][m] * v[key][n], of n / panel value panels. Here m is any number of rows.
   void (*add_columns)(const float* p, int64_t ldp, int64_t keys, const float* v_panels, int64_t n, int64_t m, float* c,
                       int64_t ldc) = nullptr;
-  // The same for value pairs: rounds p, which it overwrites, to bfloat16.
-  void (*add_column_pairs)(float* p, int64_t ldp, int64_t keys, const void* v_panels, int64_t n, int64_t m, float* c,
-                           int64_t ldc) = nullptr;
+  // The same for value pairs that are finite: rounds p, which it may overwrite, to the type. At most kBlockN keys.
+  void (*add_column_pairs[3])(float* p, int64_t ldp, int64_t keys, const void* v_panels, int64_t n, int64_t m, float* c,
+                              int64_t ldc) = {};
 
   // dot_rows with q of the keys' own half type, [m][head_dim], null in an ISA without products of that type.
   void (*dot_stored_rows[3])(const void* q, int64_t m, const void* k, int64_t row_stride, const int32_t* index,
@@ -134,6 +137,9 @@ extern const Kernels kAvx512Kernels;
 #endif
 #if defined(DHSA_HAVE_AVX512BF16)
 extern const Kernels kAvx512bf16Kernels;
+#endif
+#if defined(DHSA_HAVE_AMX)
+extern const Kernels kAmxKernels;
 #endif
 #if defined(DHSA_HAVE_NEON)
 extern const Kernels kNeonKernels;

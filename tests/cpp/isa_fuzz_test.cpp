@@ -15,7 +15,7 @@ namespace dhsa::cpu {
 #if defined(__aarch64__)
 extern const Kernels kNeonfhmKernels, kNeonbf16Kernels;
 #elif defined(__x86_64__)
-extern const Kernels kAvx2Kernels, kAvx512Kernels, kAvx512bf16Kernels;
+extern const Kernels kAvx2Kernels, kAvx512Kernels, kAvx512bf16Kernels, kAmxKernels;
 #endif
 }  // namespace dhsa::cpu
 
@@ -195,8 +195,12 @@ void multiply(const cpu::Kernels& kernels) {
   setrlimit(RLIMIT_CORE, &no_core);
   alignas(64) static float zeros[1024], sums[1024];
   static const int32_t first[8] = {};
+  if (kernels.begin_block != nullptr) kernels.begin_block();
   if (kernels.gemm_pairs != nullptr) {
     kernels.gemm_pairs(8, 8, zeros, 8, zeros, cpu::kMaxPanel, sums, cpu::kMaxPanel, false);
+  } else if (kernels.dot_columns[2] != nullptr) {
+    const cpu::KeyTile tile{zeros, zeros, 8, 8, first, 1, 8};
+    kernels.dot_columns[2](tile, zeros, cpu::kMaxPanel, 1.0f, zeros, sums, cpu::kMaxPanel);
   } else if (kernels.dot_stored_rows[1] != nullptr) {
     kernels.dot_stored_rows[1](zeros, 1, zeros, 32, first, 8, 32, sums, 8);
   } else {
@@ -211,7 +215,8 @@ TEST(IsaDeathTest, kernels_of_an_isa_that_the_machine_lacks_are_illegal_instruct
 #if defined(__aarch64__)
   const cpu::Kernels* const tables[] = {&cpu::kNeonfhmKernels, &cpu::kNeonbf16Kernels};
 #elif defined(__x86_64__)
-  const cpu::Kernels* const tables[] = {&cpu::kAvx2Kernels, &cpu::kAvx512Kernels, &cpu::kAvx512bf16Kernels};
+  const cpu::Kernels* const tables[] = {&cpu::kAvx2Kernels, &cpu::kAvx512Kernels, &cpu::kAvx512bf16Kernels,
+                                        &cpu::kAmxKernels};
 #else
   const cpu::Kernels* const tables[] = {&cpu::active_kernels()};
 #endif

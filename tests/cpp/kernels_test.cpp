@@ -217,9 +217,9 @@ TEST(Kernels, pair_products_of_packed_keys_and_values) {
       const int32_t index[13] = {3, 7, 19, 0, 1, 2, 4, 5, 6, 8, 9, 10, 11};
       const int64_t width = (head_dim + 15) / 16 * 16;
       const Guard<float> panels(16 * width / 2), scores(rows * 16), out(rows * width);
-      kernels.pack_key_pairs(k.tensor.data, head_dim, index, 13, 16, head_dim, panels.data());
+      kernels.pack_key_pairs[kBFloat](k.tensor.data, head_dim, index, 13, 16, head_dim, panels.data());
       kernels.gemm_pairs(rows, head_dim, q.tensor.data, head_dim, panels.data(), 16, scores.data(), 16, false);
-      EXPECT_TRUE(kernels.pack_value_pairs(v.tensor.data, head_dim, index, 13, 16, head_dim, panels.data()));
+      EXPECT_TRUE(kernels.pack_value_pairs[kBFloat](v.tensor.data, head_dim, index, 13, 16, head_dim, panels.data()));
       std::fill_n(out.data(), rows * width, 5.0f);
       kernels.gemm_pairs(rows, 16, p.tensor.data, 16, panels.data(), width, out.data(), width, true);
       for (int64_t r = 0; r < rows; ++r) {
@@ -245,7 +245,7 @@ TEST(Kernels, scores_by_key_and_their_values) {
   if (kernels.dot_columns[0] == nullptr) GTEST_SKIP() << kernels.name << " packs keys";
   for (const DType dtype : {DType::kFloat32, DType::kFloat16, DType::kBFloat16}) {
     const int type = static_cast<int>(dtype);
-    const bool pairs = dtype == DType::kBFloat16 && kernels.pack_key_pairs != nullptr;
+    const bool pairs = kernels.pack_key_pairs[type] != nullptr, between = pairs && kernels.begin_block != nullptr;
     for (const int64_t head_dim : {8, 24, 48, 128, 256}) {
       for (const int64_t n : {1, 3, 4, 6, 7, 8, 9, 12, 13, 17, 64}) {
         for (const int64_t columns : {16, 48, 64}) {
@@ -257,11 +257,12 @@ TEST(Kernels, scores_by_key_and_their_values) {
           const Guard<float> q_panels(columns * head_dim), widened(n * head_dim), s(n * lds + lds);
           const Guard<float> v_panels((n + 1) * width), out(rows * width);
           if (pairs) {
-            kernels.pack_key_pairs(q.tensor.data, head_dim, nullptr, rows, columns, head_dim, q_panels.data());
+            kernels.pack_key_pairs[type](q.tensor.data, head_dim, nullptr, rows, columns, head_dim, q_panels.data());
           } else {
             kernels.pack_keys[0](q.tensor.data, head_dim, nullptr, rows, columns, head_dim, q_panels.data());
           }
           const cpu::KeyTile tile{k.tensor.data, v.tensor.data, head_dim, head_dim, index.data(), n, head_dim};
+          if (between) kernels.begin_block();
           kernels.dot_columns[type](tile, q_panels.data(), columns, 0.5f, widened.data(), s.data(), lds);
           for (int64_t j = 0; j < n; ++j) {
             for (int64_t i = 0; i < rows; ++i) {
@@ -275,19 +276,68 @@ TEST(Kernels, scores_by_key_and_their_values) {
           for (int64_t i = 0; i < n * lds; ++i) s.data()[i] = static_cast<float>(p[i] = draw(0, 8));
           std::fill_n(out.data(), rows * width, 5.0f);
           if (pairs) {
-            EXPECT_TRUE(kernels.pack_value_pairs(tile.v, head_dim, index.data(), n, (n + 1) / 2 * 2, head_dim,
-                                                 v_panels.data()));
-            kernels.add_column_pairs(s.data(), lds, n, v_panels.data(), width, rows, out.data(), width);
+            EXPECT_TRUE(kernels.pack_value_pairs[type](tile.v, head_dim, index.data(), n, (n + 1) / 2 * 2, head_dim,
+                                                       v_panels.data()));
+            kernels.add_column_pairs[type](s.data(), lds, n, v_panels.data(), width, rows, out.data(), width);
           } else {
             EXPECT_TRUE(kernels.pack_values[type](tile.v, head_dim, index.data(), n, n, head_dim, v_panels.data()));
             kernels.add_columns(s.data(), lds, n, v_panels.data(), width, rows, out.data(), width);
           }
+          if (between) kernels.end_block();
           for (int64_t i = 0; i < rows; ++i) {
             for (int64_t d = 0; d < head_dim; ++d) {
               double sum = 5;
               for (int64_t j = 0; j < n; ++j) sum += p[j * lds + i] * v.at({0, 0, index.data()[j], d});
               ASSERT_EQ(out.data()[i * width + d], sum) << head_dim << ", " << n << ", " << i << ", " << d;
             }
+          }
+        }
+      }
+    }
+  }
+}
+
+// An infinity or a NaN of a key or of a query is in its own scores alone, as a product of float32 has it. Where float16
+// is split in two bfloat16, their lower parts, 2^-7 of the whole each, are not multiplied.
+TEST(Kernels, scores_by_key_of_what_is_not_finite) {
+  const Kernels& kernels = active_kernels();
+  if (kernels.dot_columns[0] == nullptr) GTEST_SKIP() << kernels.name << " packs keys";
+  for (const DType dtype : {DType::kFloat32, DType::kFloat16, DType::kBFloat16}) {
+    const int type = static_cast<int>(dtype);
+    const bool pairs = kernels.pack_key_pairs[type] != nullptr, between = pairs && kernels.begin_block != nullptr;
+    for (int round = 0; round < rounds(60); ++round) {
+      const int64_t head_dim = 8 * draw(1, 20), n = draw(1, 64), columns = 16 * draw(1, 5), lds = columns + 16;
+      Array q = Array(pairs ? dtype : DType::kFloat32, {1, 1, columns, head_dim}).fill_normal();
+      Array k = Array(dtype, {1, 1, n, head_dim}).fill_normal();
+      const double poisons[] = {kInf, -kInf, kNaN, 0.0};
+      for (int i = static_cast<int>(draw(0, 3)); i > 0; --i) {
+        (draw(0, 1) == 0 ? q : k).put({0, 0, draw(0, n - 1) % columns, draw(0, head_dim - 1)}, poisons[draw(0, 3)]);
+      }
+      const Guard<int32_t> index(n);
+      for (int64_t j = 0; j < n; ++j) index.data()[j] = static_cast<int32_t>(j);
+      const Guard<float> q_panels(columns * head_dim), widened(n * head_dim), s(n * lds);
+      if (pairs) {
+        kernels.pack_key_pairs[type](q.tensor.data, head_dim, nullptr, columns, columns, head_dim, q_panels.data());
+      } else {
+        kernels.pack_keys[0](q.tensor.data, head_dim, nullptr, columns, columns, head_dim, q_panels.data());
+      }
+      const cpu::KeyTile tile{k.tensor.data, k.tensor.data, head_dim, head_dim, index.data(), n, head_dim};
+      if (between) kernels.begin_block();
+      kernels.dot_columns[type](tile, q_panels.data(), columns, 0.5f, widened.data(), s.data(), lds);
+      if (between) kernels.end_block();
+      for (int64_t j = 0; j < n; ++j) {
+        for (int64_t i = 0; i < columns; ++i) {
+          double want = 0.0, size = 0.0;
+          for (int64_t d = 0; d < head_dim; ++d) {
+            const double product = 0.5 * q.at({0, 0, i, d}) * k.at({0, 0, j, d});
+            want += product;
+            size += std::fabs(product);
+          }
+          const double got = s.data()[j * lds + i];
+          if (!std::isfinite(want)) {
+            EXPECT_TRUE(std::isnan(want) ? std::isnan(got) : got == want) << type << ": " << got << ", not " << want;
+          } else {
+            EXPECT_NEAR(got, want, 6.2e-5 * size) << type << ", " << head_dim << ", " << n << ", " << j << ", " << i;
           }
         }
       }

@@ -11,21 +11,31 @@ inline Wide load_wide(const BFloat16* p, __mmask16 mask) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, p)), 16));
 }
 
+// The row that stands for every missing one.
+template <class T>
+inline const T* no_row() {
+  alignas(64) static const T kZeros[kMaxDepth] = {};
+  return kZeros;
+}
+
 // Sixteen columns of four rows: lane L of u_c holds the four rows' elements of column 4 L + c.
 struct FourRows {
   Wide u0, u1, u2, u3;
 };
 
-template <class T>
-inline FourRows interleave(const T* const* rows, int64_t d, __mmask16 mask) {
-  const Wide r0 = load_wide(rows[0] + d, mask), r1 = load_wide(rows[1] + d, mask);
-  const Wide r2 = load_wide(rows[2] + d, mask), r3 = load_wide(rows[3] + d, mask);
+inline FourRows interleave(Wide r0, Wide r1, Wide r2, Wide r3) {
   const __m512d low01 = _mm512_castps_pd(_mm512_unpacklo_ps(r0, r1)),
                 high01 = _mm512_castps_pd(_mm512_unpackhi_ps(r0, r1));
   const __m512d low23 = _mm512_castps_pd(_mm512_unpacklo_ps(r2, r3)),
                 high23 = _mm512_castps_pd(_mm512_unpackhi_ps(r2, r3));
   return {_mm512_castpd_ps(_mm512_unpacklo_pd(low01, low23)), _mm512_castpd_ps(_mm512_unpackhi_pd(low01, low23)),
           _mm512_castpd_ps(_mm512_unpacklo_pd(high01, high23)), _mm512_castpd_ps(_mm512_unpackhi_pd(high01, high23))};
+}
+
+template <class T>
+inline FourRows interleave(const T* const* rows, int64_t d, __mmask16 mask) {
+  return interleave(load_wide(rows[0] + d, mask), load_wide(rows[1] + d, mask), load_wide(rows[2] + d, mask),
+                    load_wide(rows[3] + d, mask));
 }
 
 // Columns c, 4 + c, 8 + c and 12 + c, those below `width` (a multiple of four), at kPanel floats' distance.
@@ -39,26 +49,29 @@ inline void store_columns(Wide rows0, Wide rows4, Wide rows8, Wide rows12, int64
   if (width > 12) _mm512_storeu_ps(out + 12 * kPanel, _mm512_shuffle_f32x4(odd_low, odd_high, 0xdd));
 }
 
+// The columns of sixteen rows, those below `width`, as rows of out.
+inline void store_transposed(const FourRows& rows0, const FourRows& rows4, const FourRows& rows8,
+                             const FourRows& rows12, int64_t width, float* out) {
+  store_columns(rows0.u0, rows4.u0, rows8.u0, rows12.u0, width, out);
+  store_columns(rows0.u1, rows4.u1, rows8.u1, rows12.u1, width, out + kPanel);
+  store_columns(rows0.u2, rows4.u2, rows8.u2, rows12.u2, width, out + 2 * kPanel);
+  store_columns(rows0.u3, rows4.u3, rows8.u3, rows12.u3, width, out + 3 * kPanel);
+}
+
 template <class T>
 void pack_keys(const void* k, int64_t row_stride, const int32_t* index, int64_t n, int64_t n_padded, int64_t head_dim,
                float* panels) {
-  static const T kZeros[256] = {};  // the row that stands for every missing one
   for (int64_t first = 0; first < n_padded; first += kPanel, panels += head_dim * kPanel) {
     const T* rows[kPanel];
     for (int64_t i = 0; i < kPanel; ++i) {
       const int64_t r = first + i;
-      rows[i] = r < n ? static_cast<const T*>(k) + (index ? index[r] : r) * row_stride : kZeros;
+      rows[i] = r < n ? static_cast<const T*>(k) + (index ? index[r] : r) * row_stride : no_row<T>();
     }
     for (int64_t d = 0; d < head_dim; d += kPanel) {
       const int64_t width = head_dim - d < kPanel ? head_dim - d : kPanel;
       const __mmask16 mask = static_cast<__mmask16>((1u << width) - 1);
-      const FourRows a = interleave(rows, d, mask), b = interleave(rows + 4, d, mask);
-      const FourRows e = interleave(rows + 8, d, mask), f = interleave(rows + 12, d, mask);
-      float* out = panels + d * kPanel;
-      store_columns(a.u0, b.u0, e.u0, f.u0, width, out);
-      store_columns(a.u1, b.u1, e.u1, f.u1, width, out + kPanel);
-      store_columns(a.u2, b.u2, e.u2, f.u2, width, out + 2 * kPanel);
-      store_columns(a.u3, b.u3, e.u3, f.u3, width, out + 3 * kPanel);
+      store_transposed(interleave(rows, d, mask), interleave(rows + 4, d, mask), interleave(rows + 8, d, mask),
+                       interleave(rows + 12, d, mask), width, panels + d * kPanel);
     }
   }
 }

@@ -15,25 +15,33 @@ inline void pack_key_pairs(const void* k, int64_t row_stride, const int32_t* ind
   pack_keys<float>(k, row_stride / 2, index, n, n_padded, head_dim / 2, static_cast<float*>(panels));
 }
 
+// Two rows at a time, whole: a row of each panel is 32 elements of the two, put in order by one permutation.
 inline bool pack_value_pairs(const void* v, int64_t row_stride, const int32_t* index, int64_t n, int64_t n_padded,
                              int64_t head_dim, void* panels) {
-  const BFloat16* values = static_cast<const BFloat16*>(v);
-  const __m256i exponent = _mm256_set1_epi16(0x7f80);  // all of its bits: an infinity or a NaN
-  __mmask16 poison = 0;
-  char* out = static_cast<char*>(panels);
-  for (int64_t d0 = 0; d0 < head_dim; d0 += kPanel) {
-    const __mmask16 columns = head_dim - d0 < kPanel ? 0xff : 0xffff;
-    for (int64_t r = 0; r < n_padded; r += 2, out += sizeof(Wide)) {
-      const __mmask16 first = r < n ? columns : 0, second = r + 1 < n ? columns : 0;
-      const __m256i x = _mm256_maskz_loadu_epi16(first, values + (first ? index[r] * row_stride + d0 : 0));
-      const __m256i y = _mm256_maskz_loadu_epi16(second, values + (second ? index[r + 1] * row_stride + d0 : 0));
-      poison |= _mm256_cmpeq_epi16_mask(_mm256_and_si256(x, exponent), exponent);
-      poison |= _mm256_cmpeq_epi16_mask(_mm256_and_si256(y, exponent), exponent);
-      const __m512i high = _mm512_slli_epi32(_mm512_cvtepu16_epi32(y), 16);
-      _mm512_storeu_si512(out, _mm512_or_si512(_mm512_cvtepu16_epi32(x), high));
+  alignas(64) static const uint16_t kInterleaved[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                                        8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  const __m512i interleaved = _mm512_load_si512(kInterleaved), magnitude = _mm512_set1_epi16(0x7fff);
+  const auto row = [&](int64_t r) {
+    return r < n ? static_cast<const BFloat16*>(v) + index[r] * row_stride : no_row<BFloat16>();
+  };
+  __m512i largest = _mm512_setzero_si512();
+  for (int64_t r = 0; r < n_padded; r += 2) {
+    const BFloat16 *first = row(r), *second = row(r + 1);
+    char* out = static_cast<char*>(panels) + r / 2 * sizeof(Wide);
+    const auto panel = [&](__m256i x, __m256i y) {
+      const __m512i both = _mm512_inserti64x4(_mm512_castsi256_si512(x), y, 1);
+      largest = _mm512_max_epu16(largest, _mm512_and_si512(both, magnitude));
+      _mm512_storeu_si512(out, _mm512_permutexvar_epi16(interleaved, both));
+      out += n_padded / 2 * sizeof(Wide);
+    };
+    int64_t d = 0;
+    for (; d + kPanel <= head_dim; d += kPanel) {
+      panel(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(first + d)),
+            _mm256_loadu_si256(reinterpret_cast<const __m256i*>(second + d)));
     }
+    if (d < head_dim) panel(_mm256_maskz_loadu_epi16(0xff, first + d), _mm256_maskz_loadu_epi16(0xff, second + d));
   }
-  return poison == 0;
+  return _mm512_cmpge_epu16_mask(largest, _mm512_set1_epi16(0x7f80)) == 0;  // the least is an infinity, others are NaN
 }
 
 // Keys as they are stored, a pair at a time, by packed pairs of queries.
@@ -61,10 +69,10 @@ inline void add_column_pairs(float* p, int64_t ldp, int64_t keys, const void* v,
 }
 
 constexpr Kernels with_pairs(Kernels table) {
-  table.pack_key_pairs = pack_key_pairs;
-  table.pack_value_pairs = pack_value_pairs;
+  table.pack_key_pairs[2] = pack_key_pairs;
+  table.pack_value_pairs[2] = pack_value_pairs;
   table.dot_columns[2] = dot_column_pairs;
-  table.add_column_pairs = add_column_pairs;
+  table.add_column_pairs[2] = add_column_pairs;
   return table;
 }
 

@@ -153,8 +153,8 @@ inline void gemm_pairs(int64_t m, int64_t k, const void* a, int64_t lda, const v
 }
 
 constexpr Kernels with_pairs(Kernels table) {
-  table.pack_key_pairs = pack_key_pairs;
-  table.pack_value_pairs = pack_value_pairs;
+  table.pack_key_pairs[2] = pack_key_pairs;
+  table.pack_value_pairs[2] = pack_value_pairs;
   table.round_row = round_row;
   table.gemm_pairs = gemm_pairs;
   return table;

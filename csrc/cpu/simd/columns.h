@@ -77,6 +77,13 @@ inline void mask_columns(float* s, int64_t lds, const int32_t* index, int64_t n,
   }
 }
 
+// exp(x - shift).
+struct ShiftedExp {
+  Wide shift;
+  Wide operator()(Wide x) const { return exp_nonpositive(sub(x, shift)); }
+};
+
+template <class Exp>
 inline void softmax_columns(float* s, int64_t lds, int64_t n, int64_t m, float* row_max, float* row_sum,
                             float* shrink) {
   for (int64_t i = 0; i < m; i += kWide) {
@@ -97,8 +104,9 @@ inline void softmax_columns(float* s, int64_t lds, int64_t n, int64_t m, float* 
     const Wide shift = select_less(wide_set1(-kInfinity), peak, peak, wide_zero());
     const Wide factor = exp_nonpositive(sub(old_max, shift));
     Wide sum = mul(wide_load(row_sum + i), factor);
+    const Exp exp{shift};
     for (j = 0; j < n; ++j) {
-      const Wide p = exp_nonpositive(sub(wide_load(column + j * lds), shift));
+      const Wide p = exp(wide_load(column + j * lds));
       store(column + j * lds, p);
       sum = add(sum, p);
     }
@@ -118,7 +126,7 @@ constexpr Kernels with_columns(Kernels table) {
   table.dot_columns[1] = dot_columns<Half>;
   table.dot_columns[2] = dot_columns<BFloat16>;
   table.mask_columns = mask_columns;
-  table.softmax_columns = softmax_columns;
+  table.softmax_columns = softmax_columns<ShiftedExp>;
   table.add_columns = add_columns;
   return table;
 }
