@@ -15,10 +15,12 @@ from cases import DTYPES, Case, attention_options, choice_options, chunks, heads
 from compare import relative_error, same_attention
 from conftest import Runner, no_cuda
 from pipeline import comparable, whole
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import dhsa_ext
-from dhsa_ext import reference
+from dhsa_ext import DHSAConfig, hf, reference
 from dhsa_ext.info import facts
+from dhsa_ext.predictor import BoundaryPredictor, PredictorConfig
 
 pytestmark = pytest.mark.skipif(bool(no_cuda()), reason=no_cuda())
 
@@ -275,3 +277,35 @@ def test_unsupported_shapes_are_refused_before_a_launch():
     with pytest.raises(REFUSED, match="k: expected a tensor on cuda:0, got one on cpu"):
         torch.ops.dhsa.sparse_prefill(q, k.cpu(), v, 200)
     torch.cuda.synchronize()
+
+
+def llama(tokens: int, **sizes):
+    """A one-layer model in float32 on the GPU, and the ids of a prompt."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=97, hidden_size=64, intermediate_size=128, num_hidden_layers=1, max_position_embeddings=8192, **sizes
+    )
+    return LlamaForCausalLM(config).eval().cuda(), torch.randint(2, 97, (1, tokens), device="cuda")
+
+
+def test_dense_float32_of_a_model_makes_no_matrix_of_logits():
+    hf.register()
+    model, ids = llama(6000, num_attention_heads=4, num_key_value_heads=2, head_dim=64)
+    hf.configure(model, DHSAConfig(layers=()))
+    answers, peaks = [], []
+    with torch.no_grad():
+        for implementation in ("sdpa", "dhsa"):
+            model.set_attn_implementation(implementation)
+            torch.cuda.reset_peak_memory_stats()
+            answers.append(model(ids, logits_to_keep=1).logits)
+            peaks.append(torch.cuda.max_memory_allocated() / 2**20)
+    assert relative_error(answers[1].cpu(), answers[0].cpu()) < 1e-4
+    assert peaks[1] < 150  # one float32 matrix of 4 x 6000 x 6000 is 549
+
+
+def test_a_predictor_goes_where_its_model_is(tmp_path):
+    model, _ = llama(1, num_attention_heads=2, num_key_value_heads=2, head_dim=64)
+    BoundaryPredictor(PredictorConfig(kv_heads=2, head_dim=64, num_heads=4)).save(tmp_path / "p.safetensors")
+    predictor = BoundaryPredictor.load(tmp_path / "p.safetensors", model)
+    k = torch.randn(1, 2, 300, 64, device="cuda")
+    assert predictor.cut_chunks(k, DHSAConfig())[0].is_cuda

@@ -40,6 +40,8 @@ from .selection import cut_chunks
 
 logger = logging.getLogger(__name__)
 
+CUDA_HEAD_DIMS = (64, 96, 128, 256)  # of the CUDA kernels
+
 _default = DHSAConfig()
 
 
@@ -278,10 +280,18 @@ def _local_attention(
 
 
 def _dense(module: torch.nn.Module, q: Tensor, k: Tensor, v: Tensor, real: Tensor | None, logits: _Logits) -> Tensor:
-    """Dense attention of a global layer: transformers' sdpa where it needs no mask, else the op."""
-    if logits.softcap == 0.0 and real is None and q.shape[2] in (1, k.shape[2]):
+    """Dense attention of a global layer: transformers' sdpa where it needs no mask and streams, else the op."""
+    if logits.softcap == 0.0 and real is None and q.shape[2] in (1, k.shape[2]) and not _sdpa_makes_logits(q, k):
         return sdpa_attention_forward(module, q, k, v, None, scaling=logits.scale)[0]
     return _masked_dense(q, k, v, real, logits).transpose(1, 2).contiguous()
+
+
+def _sdpa_makes_logits(q: Tensor, k: Tensor) -> bool:
+    """Whether torch would make all Lq x Lk logits: on a GPU none of its streaming kernels takes float32 with GQA."""
+    return (
+        q.is_cuda and q.dtype == torch.float32 and q.shape[1] != k.shape[1] and q.shape[2] > 1
+        and q.shape[3] in CUDA_HEAD_DIMS
+    )  # fmt: skip
 
 
 def _masked_dense(

@@ -121,7 +121,9 @@ class BoundaryPredictor(nn.Module):
 
     @classmethod
     def load(cls, path: str | Path, model: Any = None) -> BoundaryPredictor:
-        """The predictor of a file. Given a model of transformers, ValueError where its keys have another shape."""
+        """The predictor of a file. Given a model of transformers, on its device, and ValueError where its keys have
+        another shape.
+        """
         from safetensors import safe_open
 
         with safe_open(path, "pt") as file:
@@ -138,6 +140,8 @@ class BoundaryPredictor(nn.Module):
             check_model(config, model, Path(path).name)
         predictor = cls(config)
         predictor.load_state_dict(weights)
+        if model is not None:
+            predictor.to(model.device)
         return predictor.eval().requires_grad_(False)
 
 
