@@ -4,7 +4,7 @@
 namespace dhsa::cuda::mass_wgmma {
 namespace {
 
-// Writes the sums over each block's rows of 2^(z + offset). kBlockOctets: p.octets, or 0 for any.
+// Writes the sums over each block's rows of 2^(z + offset).
 template <class C, int kBlockOctets>
 __device__ inline void reduce_rows(const WgmmaParams& p, const RowTile& tile, int chunk0, int last, int group,
                                    bool add_up, typename C::Shared& shared, const float (&acc)[C::kAcc],
@@ -79,6 +79,7 @@ __device__ bool merge_splits(const WgmmaParams& p, const RowTile& tile, bool wri
   return __syncthreads_or(careful);
 }
 
+// kBlockOctets: p.octets, and no soft cap; or 0 for any.
 template <class T, int kHeadDim, int kBlockOctets>
 __global__ void __launch_bounds__(kThreads, 1) score_kernel(const __grid_constant__ WgmmaParams p) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
@@ -104,11 +105,11 @@ __global__ void __launch_bounds__(kThreads, 1) score_kernel(const __grid_constan
       walk_chunks<T, C>(
           p, tile.pair, first, last, uniform(careful ? first : min(last, shared.whole)), stages, rows, shared, rings,
           [&](int chunk0, float (&acc)[C::kAcc], LaneChunks& lane) {
-            cap_logits<C>(p, acc, lane);
+            if constexpr (kBlockOctets == 0) cap_logits<C>(p, acc, lane);
             reduce_rows<C, kBlockOctets>(p, tile, chunk0, last, group, part > 0, shared, acc, lane);
           },
           [&](int chunk0, float (&acc)[C::kAcc], LaneChunks& lane) {
-            cap_logits<C>(p, acc, lane);
+            if constexpr (kBlockOctets == 0) cap_logits<C>(p, acc, lane);
             mask_logits<C, false>(p, chunks, chunk0, group, shared, acc, lane);
             reduce_rows<C, kBlockOctets>(p, tile, chunk0, last, group, part > 0, shared, acc, lane);
           });
@@ -126,12 +127,10 @@ cudaError_t launch_scores(const WgmmaParams& p, DType dtype, cudaStream_t stream
     const dim3 grid(p.row_tiles / p.parts, p.score_splits, p.pairs);
     const auto run = [&](auto element) {
       using T = decltype(element);
-      // The accurate preset's rows: four octets of a block, one on long prompts. A kernel takes 4 s to compile, so that
-      // only the most common head_dim has them.
       auto kernel = score_kernel<T, C::kHeadDim, 0>;
-      if constexpr (C::kHeadDim == 128) {
-        if (p.octets == 1) kernel = score_kernel<T, C::kHeadDim, 1>;
-        if (p.octets == 4) kernel = score_kernel<T, C::kHeadDim, 4>;
+      if constexpr (C::kHeadDim == kFastDim) {  // with the accurate preset's rows: 4 octets of a block, 1 on long prompts
+        if (p.octets == 1 && p.softcap <= 0) kernel = score_kernel<T, C::kHeadDim, 1>;
+        if (p.octets == 4 && p.softcap <= 0) kernel = score_kernel<T, C::kHeadDim, 4>;
       }
       return launch<C>(kernel, p, grid, stream);
     };

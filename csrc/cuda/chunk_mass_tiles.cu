@@ -190,14 +190,24 @@ __device__ inline void to_logits(const TileParams& p, const RowTile& tile, const
   const int member = lane_id() % 4;
 #pragma unroll
   for (int n = 0; n < kSubN / 8; ++n) {
-    const float4 two = *reinterpret_cast<const float4*>(columns + column + n * 8 + member * 2);
+    float4 two = *reinterpret_cast<const float4*>(columns + column + n * 8 + member * 2);
+    if (p.softcap > 0) {
+#pragma unroll
+      for (int m = 0; m < C::kRowTiles; ++m) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          float& z = acc[m][4 * n + i];
+          z = softcapped2(z * (i % 2 ? two.z : two.x), p.softcap);
+        }
+      }
+      two.x = two.z = 1;
+    }
 #pragma unroll
     for (int m = 0; m < C::kRowTiles; ++m) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const float factor = i % 2 ? two.z : two.x, length = kScores ? 0.0f : i % 2 ? two.w : two.y;
-        const float z = acc[m][4 * n + i];
-        acc[m][4 * n + i] = p.softcap > 0 ? softcapped2(z * factor, p.softcap) + length : fmaf(z, factor, length);
+        acc[m][4 * n + i] = fmaf(acc[m][4 * n + i], factor, length);
       }
     }
   }

@@ -38,6 +38,8 @@ namespace dhsa::cuda::mass_wgmma {
 
 constexpr int kGroups = 2;  // warpgroups
 constexpr int kThreads = 128 * kGroups;
+constexpr int kFastDim =
+    128;  // the most common head_dim alone has kernels for special cases: each takes 4 s to compile
 constexpr int kTurnBarrier = 2;  // + warpgroup: it may issue its products
 
 // Which chunks count for the rows of an octet, all of one block: those that begin at or before p1 and end after
@@ -401,7 +403,7 @@ __device__ inline void mask_logits(const WgmmaParams& p, const Chunks& chunks, i
   for (int half = 0; half < 2; ++half) lane.factor[half] = lane.tokens[half] = 1;
 }
 
-// A branch that all threads take alike: a kernel of its own for the cap would double what is compiled here.
+// By a branch that all threads take alike.
 template <class C>
 __device__ inline void cap_logits(const WgmmaParams& p, float (&acc)[C::kAcc], LaneChunks& lane) {
   if (p.softcap <= 0) return;
