@@ -128,7 +128,8 @@ cudaError_t launch_scores(const WgmmaParams& p, DType dtype, cudaStream_t stream
     const auto run = [&](auto element) {
       using T = decltype(element);
       auto kernel = score_kernel<T, C::kHeadDim, 0>;
-      if constexpr (C::kHeadDim == kFastDim) {  // with the accurate preset's rows: 4 octets of a block, 1 on long prompts
+      // The accurate preset's rows: four octets of a block, one on long prompts.
+      if constexpr (C::kHeadDim == kFastDim) {
         if (p.octets == 1 && p.softcap <= 0) kernel = score_kernel<T, C::kHeadDim, 1>;
         if (p.octets == 4 && p.softcap <= 0) kernel = score_kernel<T, C::kHeadDim, 4>;
       }
