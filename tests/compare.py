@@ -103,7 +103,7 @@ def token_share(q, k, row_lse, first, last, *, q_stride, rows, scale, softcap):
 
     q [heads, Lq, D] and row_lse [heads, rows] of the heads that share the list, k [heads, Lk, D] what each one reads.
     """
-    known = reference._block_rows(q, first, last, q_stride, rows).double()
+    known = reference.block_rows(q, first, last, q_stride, rows).double()
     logits = scale * known @ k.double().mT
     logits = softcap * torch.tanh(logits / softcap) if softcap else logits
     return (logits - row_lse[:, : known.shape[1], None].double()).exp().clamp(max=1).mean((0, 1))

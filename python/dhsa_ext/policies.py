@@ -258,7 +258,7 @@ def coverage(
                 continue
             positions = torch.arange(end - 1, max(begin, 0) - 1, -config.q_stride, device=q.device)
             block = begin - (seqlen_k - seqlen_q), end - 1 - (seqlen_k - seqlen_q)  # its first and last query
-            rows = reference._block_rows(q[b], *block, config.q_stride, config.rows)[:, : len(positions)]
+            rows = reference.block_rows(q[b], *block, config.q_stride, config.rows)[:, : len(positions)]
             rows = rows.float().unflatten(0, (heads, -1))
             lse = row_lse[b, :, j, : len(positions)].unflatten(0, (heads, -1))
             block_scores = scores[b : b + 1, :, j : j + 1].contiguous()

@@ -309,7 +309,7 @@ def select_keys(
     return runs, num_runs
 
 
-def _block_rows(q: Tensor, first: int, last: int, q_stride: int, rows: str) -> Tensor:
+def block_rows(q: Tensor, first: int, last: int, q_stride: int, rows: str) -> Tensor:
     """The rows [..., n, D] that stand for queries first ... last of q [..., Lq, D], counted back from the last.
 
     "sample": the last query and every q_stride-th before it. "mean": the means of the q_stride queries that end there,
@@ -376,7 +376,7 @@ def _chunk_mass(q, k_mean, offsets, num_chunks, k_len, q_block, q_stride, rows, 
             if cut_chunk is not None and (cut := cut_chunk(b, p1)) is not None:
                 means, sizes = means.clone(), sizes.clone()
                 sizes[cut[0]], means[:, cut[0]] = cut[1], cut[2]
-            own = _block_rows(q[b], int(geometry.first[j]), int(geometry.last[j]), q_stride, rows)
+            own = block_rows(q[b], int(geometry.first[j]), int(geometry.last[j]), q_stride, rows)
             share, lse = _mass_of_block(own.double(), means, torch.where(held, sizes, 0), scale, softcap)
             scores[b, :, j] = share.float()
             row_lse[b, :, j, : own.shape[1]] = lse.float()
@@ -435,7 +435,7 @@ def refine_keys(
                     score = shared_k[b, s, keys] @ pooled[b, s, j]
                 else:
                     group = range(s * q_heads // heads, (s + 1) * q_heads // heads)
-                    own = _block_rows(q[b], int(geometry.first[j]), int(geometry.last[j]), q_stride, rows).double()
+                    own = block_rows(q[b], int(geometry.first[j]), int(geometry.last[j]), q_stride, rows).double()
                     score = torch.stack(
                         [
                             _key_share(
