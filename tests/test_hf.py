@@ -167,6 +167,23 @@ def test_generate_with_a_prefill_in_pieces_equals_the_models_own_attention(name,
     assert torch.equal(got.sequences, expected.sequences)
 
 
+@pytest.mark.parametrize("decode", ["dense", "sparse"])
+def test_a_quantized_cache_answers_as_under_the_models_own_attention(decode):
+    """Its old keys come back rounded: chunks are those of the keys that it gives."""
+    model, own = build("llama", DHSAConfig("accurate", budget=128, decode=decode, **SETTINGS))
+    ids, mask = prompts("none")
+
+    def run():
+        return model.generate(
+            ids, attention_mask=mask, max_new_tokens=12, do_sample=False, cache_implementation="quantized",
+            cache_config={"backend": "fp8"}, output_logits=True, return_dict_in_generate=True,
+        )  # fmt: skip
+
+    expected, got = own_and_dhsa(model, own, run)
+    torch.testing.assert_close(torch.stack(got.logits), torch.stack(expected.logits), **CLOSE)
+    assert torch.equal(got.sequences, expected.sequences)
+
+
 @pytest.mark.parametrize("band_kernel", [True, False])
 @pytest.mark.parametrize("padding", ["none", "left"])
 @pytest.mark.parametrize("name", ["gemma2", "gemma3"])
