@@ -38,8 +38,8 @@ namespace dhsa::cuda::mass_wgmma {
 
 constexpr int kGroups = 2;  // warpgroups
 constexpr int kThreads = 128 * kGroups;
-constexpr int kFastDim =
-    128;  // the most common head_dim alone has kernels for special cases: each takes 4 s to compile
+// The most common head_dim alone has kernels for special cases: each takes 4 s to compile.
+constexpr int kFastDim = 128;
 constexpr int kTurnBarrier = 2;  // + warpgroup: it may issue its products
 
 // Which chunks count for the rows of an octet, all of one block: those that begin at or before p1 and end after
