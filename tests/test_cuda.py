@@ -279,12 +279,13 @@ def test_unsupported_shapes_are_refused_before_a_launch():
     torch.cuda.synchronize()
 
 
-def llama(tokens: int, **sizes):
-    """A one-layer model in float32 on the GPU, and the ids of a prompt."""
+def llama(tokens: int, layers: int = 1, **sizes):
+    """A small model in float32 on the GPU, and the ids of a prompt."""
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=97, hidden_size=64, intermediate_size=128, num_hidden_layers=1, max_position_embeddings=8192, **sizes
-    )
+        vocab_size=97, hidden_size=64, intermediate_size=128, num_hidden_layers=layers, max_position_embeddings=8192,
+        **sizes,
+    )  # fmt: skip
     return LlamaForCausalLM(config).eval().cuda(), torch.randint(2, 97, (1, tokens), device="cuda")
 
 
@@ -309,3 +310,26 @@ def test_a_predictor_goes_where_its_model_is(tmp_path):
     predictor = BoundaryPredictor.load(tmp_path / "p.safetensors", model)
     k = torch.randn(1, 2, 300, 64, device="cuda")
     assert predictor.cut_chunks(k, DHSAConfig())[0].is_cuda
+
+
+@pytest.mark.parametrize("decode", ["dense", "sparse"])
+def test_an_offloaded_cache_answers_as_one_on_the_gpu(decode):
+    """Each layer's keys come back from the CPU before it attends, in new tensors; only a later layer's are missing."""
+    hf.register()
+    model, ids = llama(1200, layers=3, num_attention_heads=4, num_key_value_heads=2, head_dim=64)
+
+    def generate(implementation: str, budget: int, cache: str):
+        hf.configure(model, DHSAConfig("accurate", budget=budget, decode=decode))
+        model.set_attn_implementation(implementation)
+        given = model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False, cache_implementation=cache,
+            output_logits=True, return_dict_in_generate=True,
+        )  # fmt: skip
+        return torch.stack(given.logits).cpu()
+
+    dense = generate("sdpa", 1280, "offloaded")
+    whole = generate("dhsa", 1280, "offloaded")
+    assert relative_error(whole, dense) < 1e-4
+    chosen = [generate("dhsa", 192, cache) for cache in ("offloaded", "dynamic")]
+    assert relative_error(chosen[0], dense) > 1e-3  # the budget leaves keys out
+    assert relative_error(*chosen) < 1e-5
