@@ -106,9 +106,10 @@ bool uses_pairs(const AttentionArgs& args) { return args.kernels->pack_key_pairs
 
 void copy_queries(const AttentionArgs& args, const Rows& rows, float* copy) {
   uint16_t* to = reinterpret_cast<uint16_t*>(copy);
-  for (int64_t r = 0; r < rows.count(); ++r, to += args.head_dim) {
-    std::memcpy(to, args.q.at(rows.b, rows.first_head + r / rows.queries, rows.first_query + r % rows.queries),
-                args.head_dim * sizeof(uint16_t));
+  for (int64_t h = 0; h < rows.heads; ++h) {
+    for (int64_t i = 0; i < rows.queries; ++i, to += args.head_dim) {
+      std::memcpy(to, args.q.at(rows.b, rows.first_head + h, rows.first_query + i), args.head_dim * sizeof(uint16_t));
+    }
   }
 }
 
@@ -129,8 +130,12 @@ void add_seen_values(const AttentionArgs& args, const Rows& rows, const float* p
 // Whether some row may not see some key of the tile.
 bool hides_keys(const AttentionArgs& args, const Rows& rows, int64_t n, const AttentionScratch& scratch) {
   const int64_t p0 = args.seqlen_k - args.seqlen_q + rows.first_query, p1 = p0 + rows.queries - 1;
-  const auto [least, most] = std::minmax_element(scratch.index, scratch.index + n);
-  return *most > p0 || (args.softmax.window > 0 && *least <= p1 - args.softmax.window);
+  int32_t least = scratch.index[0], most = least;
+  for (int64_t j = 1; j < n; ++j) {
+    least = std::min(least, scratch.index[j]);
+    most = std::max(most, scratch.index[j]);
+  }
+  return most > p0 || (args.softmax.window > 0 && least <= p1 - args.softmax.window);
 }
 
 // One tile of n keys, their indices in scratch.index, for every row.
@@ -182,13 +187,26 @@ void attend_tile(const AttentionArgs& args, const Rows& rows, int64_t n, const A
   kernels.gemm(m, padded, scratch.probs, kBlockN, scratch.v_panels, padded_dim, scratch.acc, padded_dim, true);
 }
 
-// The same with scores by key, a column for each row: an ISA that has these kernels reads keys in place. 16 more floats
-// from one key's scores to the next keep a column from falling into few sets of the cache.
+// Packs a tile's values; true if all are finite.
+bool pack_values(const AttentionArgs& args, const KeyTile& tile, void* panels) {
+  const Kernels& kernels = *args.kernels;
+  if (uses_pairs(args)) {
+    return kernels.pack_value_pairs[args.v.dtype](tile.v, tile.v_row, tile.index, tile.n, round_up(tile.n, 2),
+                                                  tile.head_dim, panels);
+  }
+  return kernels.pack_values[args.v.dtype](tile.v, tile.v_row, tile.index, tile.n, tile.n, tile.head_dim,
+                                           static_cast<float*>(panels));
+}
+
+// The same with scores by key, a column for each row, in an ISA that has these kernels: a strip of columns after the
+// other, or all at once, and then 16 more floats from one key's scores to the next keep a column from falling into few
+// sets of the cache.
 void attend_tile_by_columns(const AttentionArgs& args, const Rows& rows, int64_t n, const AttentionScratch& scratch) {
   const Kernels& kernels = *args.kernels;
   const int64_t head_dim = args.head_dim, padded_dim = round_up(head_dim, kMaxPanel);
-  const int64_t m = rows.count(), columns = round_up(m, kMaxPanel), lds = columns + kMaxPanel;
-  const bool pairs = uses_pairs(args);
+  const int64_t m = rows.count(), columns = round_up(m, kMaxPanel);
+  const bool pairs = uses_pairs(args), strips = pairs && kernels.pair_columns > 0;
+  const int64_t strip = strips ? kernels.pair_columns : columns, lds = strips ? strip : columns + kMaxPanel;
   const KeyTile tile{args.k.at(rows.b, rows.kv_head, 0),
                      args.v.at(rows.b, rows.kv_head, 0),
                      args.k.row,
@@ -196,30 +214,37 @@ void attend_tile_by_columns(const AttentionArgs& args, const Rows& rows, int64_t
                      scratch.index,
                      n,
                      head_dim};
-  float* s = scratch.probs;
-  kernels.dot_columns[args.k.dtype](tile, scratch.q, columns, args.softmax.scale, scratch.k_panels, s, lds);
-  const bool finite =
-      pairs ? kernels.pack_value_pairs[args.v.dtype](tile.v, tile.v_row, tile.index, n, round_up(n, 2), head_dim,
-                                                     scratch.v_panels)
-            : kernels.pack_values[args.v.dtype](tile.v, tile.v_row, tile.index, n, n, head_dim, scratch.v_panels);
-
-  if (args.softmax.softcap > 0.0f) {
-    for (int64_t j = 0; j < n; ++j) kernels.softcap_row(s + j * lds, columns, args.softmax.softcap);
-  }
   const bool masked = hides_keys(args, rows, n, scratch);
-  if (masked) kernels.mask_columns(s, lds, tile.index, n, scratch.low, scratch.high, columns);
-  kernels.softmax_columns(s, lds, n, columns, scratch.row_max, scratch.row_sum, scratch.shrink);
-  const bool key_by_key = (masked || pairs) && !finite;  // a probability may round to 0, which an infinity would not
-  for (int64_t r = 0; r < m; ++r) {
-    float* acc = scratch.acc + r * padded_dim;
-    if (scratch.shrink[r] != 1.0f) kernels.scale_row(acc, padded_dim, scratch.shrink[r]);
-    if (key_by_key) add_seen_values(args, rows, s + r, lds, n, scratch.low[r], scratch.high[r], acc, scratch);
-  }
-  if (key_by_key) return;
-  if (pairs) {
-    kernels.add_column_pairs[args.v.dtype](s, lds, n, scratch.v_panels, padded_dim, m, scratch.acc, padded_dim);
-  } else {
-    kernels.add_columns(s, lds, n, scratch.v_panels, padded_dim, m, scratch.acc, padded_dim);
+  const bool scaled = args.softmax.softcap > 0.0f || args.softmax.scale <= 0.0f;  // before the softmax, not in it
+  const float dot_scale = scaled ? args.softmax.scale : 1.0f, exp_scale = scaled ? 1.0f : args.softmax.scale;
+  float* s = scratch.probs;
+  bool finite = false;
+  if (const auto copy_keys = kernels.copy_keys[args.k.dtype]) copy_keys(tile, scratch.k_panels);
+  for (int64_t first = 0; first < columns; first += strip) {
+    const int64_t count = std::min(strip, columns - first), last = std::min(first + strip, m);
+    kernels.dot_columns[args.k.dtype](tile, scratch.k_panels, scratch.q, first, count, dot_scale, s, lds);
+    if (first == 0) finite = pack_values(args, tile, scratch.v_panels);
+    if (args.softmax.softcap > 0.0f) {
+      for (int64_t j = 0; j < n; ++j) kernels.softcap_row(s + j * lds, count, args.softmax.softcap);
+    }
+    if (masked) kernels.mask_columns(s, lds, tile.index, n, scratch.low + first, scratch.high + first, count);
+    const bool key_by_key = (masked || pairs) && !finite;  // a probability may round to 0, which an infinity would not
+    const auto softmax = pairs && !key_by_key ? kernels.softmax_column_pairs[args.v.dtype] : kernels.softmax_columns;
+    softmax(s, lds, n, count, exp_scale, scratch.row_max + first, scratch.row_sum + first, scratch.shrink + first);
+    for (int64_t r = first; r < last; ++r) {
+      float* acc = scratch.acc + r * padded_dim;
+      if (scratch.shrink[r] != 1.0f) kernels.scale_row(acc, padded_dim, scratch.shrink[r]);
+      if (key_by_key) {
+        add_seen_values(args, rows, s + r - first, lds, n, scratch.low[r], scratch.high[r], acc, scratch);
+      }
+    }
+    if (key_by_key) continue;
+    float* acc = scratch.acc + first * padded_dim;
+    if (pairs) {
+      kernels.add_column_pairs[args.v.dtype](s, lds, n, scratch.v_panels, padded_dim, last - first, acc, padded_dim);
+    } else {
+      kernels.add_columns(s, lds, n, scratch.v_panels, padded_dim, last - first, acc, padded_dim);
+    }
   }
 }
 
@@ -236,8 +261,8 @@ void load_columns(const AttentionArgs& args, const Rows& rows, const AttentionSc
     args.kernels->pack_keys[static_cast<int>(DType::kFloat32)](scratch.acc, args.head_dim, nullptr, m, columns,
                                                                args.head_dim, scratch.q);
   }
-  for (int64_t r = 0; r < columns; ++r) {
-    const int64_t p = p0 + r % rows.queries;
+  for (int64_t r = 0, i = 0; r < columns; ++r, i = i + 1 < rows.queries ? i + 1 : 0) {
+    const int64_t p = p0 + i;
     scratch.high[r] = static_cast<int32_t>(p);
     scratch.low[r] =
         static_cast<int32_t>(args.softmax.window > 0 ? std::max<int64_t>(-1, p - args.softmax.window) : -1);
@@ -262,13 +287,16 @@ void attend_rows(const AttentionArgs& args, const Rows& rows, RunList runs, cons
   KeyCursor keys = visible_keys(args, runs, p0, p0 + rows.queries - 1);
   const bool between = uses_pairs(args) && args.kernels->begin_block != nullptr;
   if (between) args.kernels->begin_block();
-  while (const int64_t n = keys.next(scratch.index, kBlockN)) {
+  const int64_t step = uses_pairs(args) ? args.kernels->pair_keys : kBlockN;
+  while (const int64_t n = keys.next(scratch.index, step)) {
     by_columns ? attend_tile_by_columns(args, rows, n, scratch) : attend_tile(args, rows, n, scratch);
   }
   if (between) args.kernels->end_block();
-  for (int64_t r = 0; r < rows.count(); ++r) {
-    finish_row(args, rows.b, rows.first_head + r / rows.queries, rows.first_query + r % rows.queries,
-               scratch.row_max[r], scratch.row_sum[r], scratch.acc + r * padded_dim);
+  for (int64_t h = 0, r = 0; h < rows.heads; ++h) {
+    for (int64_t i = 0; i < rows.queries; ++i, ++r) {
+      finish_row(args, rows.b, rows.first_head + h, rows.first_query + i, scratch.row_max[r], scratch.row_sum[r],
+                 scratch.acc + r * padded_dim);
+    }
   }
 }
 
@@ -358,7 +386,7 @@ void attend_block(const AttentionArgs& args, int64_t b, int64_t group, const Blo
 }
 
 int64_t workspace_bytes(const SparseAttention& p, int workers) {
-  return workers * scratch_bytes<AttentionScratch>(p.q.shape[3]);
+  return workers * scratch_bytes<AttentionScratch>(active_kernels(), p.q.shape[3]);
 }
 
 void run(const SparseAttention& p, void* workspace, const Executor& executor) {
@@ -371,7 +399,7 @@ void run(const SparseAttention& p, void* workspace, const Executor& executor) {
     const int64_t count = std::clamp<int64_t>(p.num_runs.as<const int32_t>()[list], 0, capacity);
     attend_block(args, b, group, Block(j, p.q_block, args.seqlen_q, args.seqlen_k, p.softmax.window),
                  {p.runs.as<const int32_t>() + list * capacity * 2, count},
-                 worker_scratch<AttentionScratch>(workspace, worker, p.q.shape[3]));
+                 worker_scratch<AttentionScratch>(workspace, worker, *args.kernels, p.q.shape[3]));
   });
 }
 

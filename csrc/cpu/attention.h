@@ -54,28 +54,29 @@ struct RunList {
 };
 
 struct AttentionScratch {
-  float *q, *acc, *probs, *k_panels, *v_panels;  // [kMaxRows][D], [kMaxRows][Dp], [kMaxRows][kBlockN], [D][kBlockN], ..
-  float *row_max, *row_sum, *shrink;             // [kMaxRows]
-  int32_t *low, *high;                           // [kMaxRows] the keys that a row sees: low < key <= high
-  int32_t* index;                                // [kQueryKeys] keys of the tile
-  int32_t* seen_index;                           // [kBlockN] those that one row sees
-  float* seen_probs;                             // [kBlockN]
+  float *q, *acc, *probs;             // [kMaxRows][D], [kMaxRows][D], [kMaxRows][kBlockN], padded
+  float *k_panels, *v_panels;         // [keys of a tile][D], padded
+  float *row_max, *row_sum, *shrink;  // [kMaxRows]
+  int32_t *low, *high;                // [kMaxRows] the keys that a row sees: low < key <= high
+  int32_t* index;                     // [kQueryKeys] keys of the tile
+  int32_t* seen_index;                // [keys of a tile] those that one row sees
+  float* seen_probs;                  // [keys of a tile]
 
-  AttentionScratch(Arena& arena, int64_t head_dim) {
-    const int64_t padded_dim = round_up(head_dim, kMaxPanel);
-    q = arena.take<float>(kMaxRows * head_dim);
+  AttentionScratch(Arena& arena, const Kernels& kernels, int64_t head_dim) {
+    const int64_t padded_dim = round_up(head_dim, kMaxPanel), keys = kernels.pair_keys;
+    q = arena.take<float>(kMaxRows * round_up(head_dim, kPairStep));
     acc = arena.take<float>(kMaxRows * padded_dim);
     probs = arena.take<float>((kMaxRows + kMaxPanel) * kBlockN);
-    k_panels = arena.take<float>(kBlockN * head_dim);
-    v_panels = arena.take<float>(kBlockN * padded_dim);
+    k_panels = arena.take<float>(keys * round_up(head_dim, kPairStep));
+    v_panels = arena.take<float>(keys * padded_dim);
     row_max = arena.take<float>(kMaxRows);
     row_sum = arena.take<float>(kMaxRows);
     shrink = arena.take<float>(kMaxRows);
     low = arena.take<int32_t>(kMaxRows);
     high = arena.take<int32_t>(kMaxRows);
     index = arena.take<int32_t>(kQueryKeys + 4);
-    seen_index = arena.take<int32_t>(kBlockN);
-    seen_probs = arena.take<float>(kBlockN);
+    seen_index = arena.take<int32_t>(keys);
+    seen_probs = arena.take<float>(keys);
   }
 };
 

@@ -22,6 +22,7 @@ struct BFloat16 {
 constexpr int64_t kBlockN = 64;     // keys of a packed tile: K and V tiles of head_dim 128 are 32 KiB each
 constexpr int64_t kMaxPanel = 16;   // every panel and vector width divides it, and it divides kBlockN
 constexpr int64_t kMaxDepth = 256;  // of a product: the largest head_dim
+constexpr int64_t kPairStep = 32;   // what packed pairs may be rounded up to, in head_dim and in keys
 constexpr int64_t kAlign = 64;      // bytes, of every scratch array
 
 // The keys of one tile and their values, where they lie: rows index[0..n) of k and v; strides count elements.
@@ -90,8 +91,9 @@ struct Kernels {
 
   // Products of bfloat16, null for a type without an instruction for them; the last two are null too where dot_columns
   // and add_column_pairs stand for them. Products are of pairs of neighbours in k (vdpbf16ps) or of two pairs (bfmmla).
-  // Panels are at most as large as their namesakes' above, in an order that only the ISA's own products know; value
-  // panels reach to a multiple of kMaxPanel columns. Rows of a are bfloat16 with an even lda; sums are float32.
+  // Panels are at most as large as their namesakes' above with head_dim and keys rounded up to kPairStep, in an order
+  // that only the ISA's own products know; value panels reach to a multiple of kMaxPanel columns. Rows of a are
+  // bfloat16 with an even lda; sums are float32.
   void (*pack_key_pairs[3])(const void* k, int64_t row_stride, const int32_t* index, int64_t n, int64_t n_padded,
                             int64_t head_dim, void* panels) = {};
   bool (*pack_value_pairs[3])(const void* v, int64_t row_stride, const int32_t* index, int64_t n, int64_t n_padded,
@@ -101,27 +103,35 @@ struct Kernels {
   void (*gemm_pairs)(int64_t m, int64_t k, const void* a, int64_t lda, const void* b, int64_t n, float* c, int64_t ldc,
                      bool accumulate) = nullptr;
 
-  // A block of queries with its scores by key, s[n][lds], null in an ISA without it. The m columns are queries, a
-  // multiple of kMaxPanel, packed once: as pack_keys packs rows, or pack_key_pairs where the type has one.
+  // A block of queries with its scores by key, s[n][lds], null in an ISA without it. The columns are queries, packed
+  // once: as pack_keys packs rows, or pack_key_pairs where the type has one. These kernels take m of them, a multiple
+  // of kMaxPanel: those of types with pairs up to pair_columns, if that is not 0, and at most pair_keys keys.
   // Where begin_block is not null, dot_columns and add_column_pairs of types with pairs lie between it and end_block,
   // on one thread.
+  int64_t pair_keys = kBlockN, pair_columns = 0;
   void (*begin_block)() = nullptr;
   void (*end_block)() = nullptr;
-  // s[n][0..m) = scale * k[index[n]] . q. Keys are read in place, or widened to widened[n][head_dim].
-  void (*dot_columns[3])(const KeyTile& keys, const void* q_panels, int64_t m, float scale, float* widened, float* s,
-                         int64_t lds) = {};
+  // Keys as dot_columns wants them, copies[n][head_dim] floats with both rounded up to kPairStep; null for a type that
+  // it reads in place.
+  void (*copy_keys[3])(const KeyTile& keys, void* copies) = {};
+  // s[n][0..m) = scale * k[index[n]] . q, of the packed queries from the first one on.
+  void (*dot_columns[3])(const KeyTile& keys, const void* copies, const void* q_panels, int64_t first, int64_t m,
+                         float scale, float* s, int64_t lds) = {};
   // s[n][m] = -inf where not low[m] < index[n] <= high[m].
   void (*mask_columns)(float* s, int64_t lds, const int32_t* index, int64_t n, const int32_t* low, const int32_t* high,
                        int64_t m) = nullptr;
-  // softmax_row of each column; shrink[m] is its factor.
-  void (*softmax_columns)(float* s, int64_t lds, int64_t n, int64_t m, float* row_max, float* row_sum,
+  // softmax_row of each column of scale * s; shrink[m] is its factor. scale > 0.
+  void (*softmax_columns)(float* s, int64_t lds, int64_t n, int64_t m, float scale, float* row_max, float* row_sum,
                           float* shrink) = nullptr;
   // c[m][n] += sum over keys of p[key][m] * v[key][n], of n / panel value panels. Here m is any number of rows.
   void (*add_columns)(const float* p, int64_t ldp, int64_t keys, const float* v_panels, int64_t n, int64_t m, float* c,
                       int64_t ldc) = nullptr;
-  // The same for value pairs that are finite: rounds p, which it may overwrite, to the type. At most kBlockN keys.
-  void (*add_column_pairs[3])(float* p, int64_t ldp, int64_t keys, const void* v_panels, int64_t n, int64_t m, float* c,
-                              int64_t ldc) = {};
+  // The last two for value pairs that are finite: probabilities rounded to the type, a key's and the next one's where
+  // both were, in an order that only the ISA's own products know. After an odd number of keys s has one more row.
+  void (*softmax_column_pairs[3])(float* s, int64_t lds, int64_t n, int64_t m, float scale, float* row_max,
+                                  float* row_sum, float* shrink) = {};
+  void (*add_column_pairs[3])(const float* p, int64_t ldp, int64_t keys, const void* v_panels, int64_t n, int64_t m,
+                              float* c, int64_t ldc) = {};
 
   // dot_rows with q of the keys' own half type, [m][head_dim], null in an ISA without products of that type.
   void (*dot_stored_rows[3])(const void* q, int64_t m, const void* k, int64_t row_stride, const int32_t* index,

@@ -238,8 +238,8 @@ TEST(Kernels, pair_products_of_packed_keys_and_values) {
   }
 }
 
-// Exact where products and sums are small integers, probabilities included: every type, counts of keys around the
-// tile's rows, an odd one too, and one tile of columns, one and a half, and two.
+// Exact where products and sums are small integers, probabilities included but where they are rounded to pairs: every
+// type, counts of keys around the tile's rows, an odd one too, and one tile of columns, one and a half, and two.
 TEST(Kernels, scores_by_key_and_their_values) {
   const Kernels& kernels = active_kernels();
   if (kernels.dot_columns[0] == nullptr) GTEST_SKIP() << kernels.name << " packs keys";
@@ -247,15 +247,18 @@ TEST(Kernels, scores_by_key_and_their_values) {
     const int type = static_cast<int>(dtype);
     const bool pairs = kernels.pack_key_pairs[type] != nullptr, between = pairs && kernels.begin_block != nullptr;
     for (const int64_t head_dim : {8, 24, 48, 128, 256}) {
-      for (const int64_t n : {1, 3, 4, 6, 7, 8, 9, 12, 13, 17, 64}) {
+      for (const int64_t n : {1, 3, 4, 6, 7, 8, 9, 12, 13, 17, 64, 199}) {
+        if (n > (pairs ? kernels.pair_keys : cpu::kBlockN)) continue;
         for (const int64_t columns : {16, 48, 64}) {
+          const float scale = columns == 48 ? 0.5f : 1.0f;
           const int64_t rows = columns - 3, keys = 70, lds = columns + 16, width = (head_dim + 15) / 16 * 16;
           const Array q = integers(pairs ? dtype : DType::kFloat32, rows, head_dim);
           const Array k = integers(dtype, keys, head_dim), v = integers(dtype, keys, head_dim);
           const Guard<int32_t> index(n);
           for (int64_t j = 0; j < n; ++j) index.data()[j] = static_cast<int32_t>((j * 13 + 5) % keys);
-          const Guard<float> q_panels(columns * head_dim), widened(n * head_dim), s(n * lds + lds);
-          const Guard<float> v_panels((n + 1) * width), out(rows * width);
+          const Guard<float> q_panels(columns * ((head_dim + 31) / 32 * 32)), s(n * lds + lds);
+          const Guard<float> copies((n + 31) / 32 * 32 * ((head_dim + 31) / 32 * 32));
+          const Guard<float> v_panels((n + 31) / 32 * 32 * width), out(rows * width);
           if (pairs) {
             kernels.pack_key_pairs[type](q.tensor.data, head_dim, nullptr, rows, columns, head_dim, q_panels.data());
           } else {
@@ -263,32 +266,45 @@ TEST(Kernels, scores_by_key_and_their_values) {
           }
           const cpu::KeyTile tile{k.tensor.data, v.tensor.data, head_dim, head_dim, index.data(), n, head_dim};
           if (between) kernels.begin_block();
-          kernels.dot_columns[type](tile, q_panels.data(), columns, 0.5f, widened.data(), s.data(), lds);
+          if (kernels.copy_keys[type] != nullptr) kernels.copy_keys[type](tile, copies.data());
+          kernels.dot_columns[type](tile, copies.data(), q_panels.data(), 0, columns, scale, s.data(), lds);
           for (int64_t j = 0; j < n; ++j) {
             for (int64_t i = 0; i < rows; ++i) {
               double sum = 0;
               for (int64_t d = 0; d < head_dim; ++d) sum += q.at({0, 0, i, d}) * k.at({0, 0, index.data()[j], d});
-              ASSERT_EQ(s.data()[j * lds + i], 0.5 * sum) << head_dim << ", " << n << ", " << j << ", " << i;
+              ASSERT_EQ(s.data()[j * lds + i], scale * sum) << head_dim << ", " << n << ", " << j << ", " << i;
             }
           }
 
           std::vector<double> p(n * lds);
-          for (int64_t i = 0; i < n * lds; ++i) s.data()[i] = static_cast<float>(p[i] = draw(0, 8));
           std::fill_n(out.data(), rows * width, 5.0f);
           if (pairs) {
             EXPECT_TRUE(kernels.pack_value_pairs[type](tile.v, head_dim, index.data(), n, (n + 1) / 2 * 2, head_dim,
                                                        v_panels.data()));
+            const Guard<float> row_max(columns), row_sum(columns), shrink(columns);
+            std::fill_n(row_max.data(), columns, -static_cast<float>(kInf));
+            std::fill_n(row_sum.data(), columns, 0.0f);
+            for (int64_t i = 0; i < n * lds; ++i) s.data()[i] = static_cast<float>(p[i] = 2 * normal());
+            kernels.softmax_column_pairs[type](s.data(), lds, n, columns, 0.75f, row_max.data(), row_sum.data(),
+                                               shrink.data());
+            for (int64_t i = 0; i < n * lds; ++i) p[i] = std::exp(0.75 * p[i] - row_max.data()[i % lds % columns]);
             kernels.add_column_pairs[type](s.data(), lds, n, v_panels.data(), width, rows, out.data(), width);
           } else {
+            for (int64_t i = 0; i < n * lds; ++i) s.data()[i] = static_cast<float>(p[i] = draw(0, 8));
             EXPECT_TRUE(kernels.pack_values[type](tile.v, head_dim, index.data(), n, n, head_dim, v_panels.data()));
             kernels.add_columns(s.data(), lds, n, v_panels.data(), width, rows, out.data(), width);
           }
           if (between) kernels.end_block();
+          const double rounding = !pairs ? 0.0 : dtype == DType::kBFloat16 ? 0x1p-8 : 0x1p-14;
           for (int64_t i = 0; i < rows; ++i) {
             for (int64_t d = 0; d < head_dim; ++d) {
-              double sum = 5;
-              for (int64_t j = 0; j < n; ++j) sum += p[j * lds + i] * v.at({0, 0, index.data()[j], d});
-              ASSERT_EQ(out.data()[i * width + d], sum) << head_dim << ", " << n << ", " << i << ", " << d;
+              double sum = 5, size = 5;
+              for (int64_t j = 0; j < n; ++j) {
+                const double x = p[j * lds + i] * v.at({0, 0, index.data()[j], d});
+                sum += x;
+                size += std::abs(x);
+              }
+              ASSERT_NEAR(out.data()[i * width + d], sum, rounding * size) << head_dim << ", " << n << ", " << i;
             }
           }
         }
@@ -315,7 +331,8 @@ TEST(Kernels, scores_by_key_of_what_is_not_finite) {
       }
       const Guard<int32_t> index(n);
       for (int64_t j = 0; j < n; ++j) index.data()[j] = static_cast<int32_t>(j);
-      const Guard<float> q_panels(columns * head_dim), widened(n * head_dim), s(n * lds);
+      const Guard<float> q_panels(columns * ((head_dim + 31) / 32 * 32)), s(n * lds);
+      const Guard<float> copies((n + 31) / 32 * 32 * ((head_dim + 31) / 32 * 32));
       if (pairs) {
         kernels.pack_key_pairs[type](q.tensor.data, head_dim, nullptr, columns, columns, head_dim, q_panels.data());
       } else {
@@ -323,7 +340,8 @@ TEST(Kernels, scores_by_key_of_what_is_not_finite) {
       }
       const cpu::KeyTile tile{k.tensor.data, k.tensor.data, head_dim, head_dim, index.data(), n, head_dim};
       if (between) kernels.begin_block();
-      kernels.dot_columns[type](tile, q_panels.data(), columns, 0.5f, widened.data(), s.data(), lds);
+      if (kernels.copy_keys[type] != nullptr) kernels.copy_keys[type](tile, copies.data());
+      kernels.dot_columns[type](tile, copies.data(), q_panels.data(), 0, columns, 0.5f, s.data(), lds);
       if (between) kernels.end_block();
       for (int64_t j = 0; j < n; ++j) {
         for (int64_t i = 0; i < columns; ++i) {
@@ -360,12 +378,13 @@ TEST(Kernels, masks_and_softmax_down_columns) {
     }
     std::vector<Row> all(m);
     for (int tile = 0; tile < 4; ++tile) {
-      for (int64_t i = 0; i < n * lds; ++i) s.data()[i] = static_cast<float>(10.0 * normal());
+      for (int64_t i = 0; i < n * lds; ++i) s.data()[i] = static_cast<float>(20.0 * normal());
       for (int64_t j = 0; j < n; ++j) index.data()[j] = static_cast<int32_t>(draw(0, m));
       std::vector<double> logits(s.data(), s.data() + n * lds);
+      for (double& logit : logits) logit *= 0.5;
       std::vector<float> before(row_max.data(), row_max.data() + m);
       kernels.mask_columns(s.data(), lds, index.data(), n, low.data(), high.data(), m);
-      kernels.softmax_columns(s.data(), lds, n, m, row_max.data(), row_sum.data(), shrink.data());
+      kernels.softmax_columns(s.data(), lds, n, m, 0.5f, row_max.data(), row_sum.data(), shrink.data());
       for (int64_t i = 0; i < m; ++i) {
         const auto seen = [&](int64_t j) {
           return low.data()[i] < index.data()[j] && index.data()[j] <= high.data()[i];
@@ -380,7 +399,7 @@ TEST(Kernels, masks_and_softmax_down_columns) {
         EXPECT_NEAR(shrink.data()[i], std::exp(static_cast<double>(before[i]) - row_max.data()[i]), 1e-6);
         for (int64_t j = 0; j < n; ++j) {
           const double p = seen(j) ? std::exp(logits[j * lds + i] - row_max.data()[i]) : 0.0;
-          EXPECT_NEAR(s.data()[j * lds + i], p, 3e-7);
+          EXPECT_NEAR(s.data()[j * lds + i], p, 3e-6 + 1.2e-7 * std::abs(row_max.data()[i]));
         }
         EXPECT_NEAR(row_max.data()[i] + std::log(row_sum.data()[i]), log_sum_exp(all[i]), 1e-5);
       }

@@ -10,8 +10,12 @@ constexpr int kParts = 1;
 template <>
 constexpr int kParts<Half> = 2;
 
+#ifndef PAIRKEYS
+#define PAIRKEYS 256
+#endif
 constexpr int64_t kSide = 2 * kTileRows;           // rows, and columns, that a block of four accumulators has
 constexpr int64_t kStepDepth = 2 * kRowBytes / 4;  // of k, that a tile has
+constexpr int64_t kTileKeys = 256;                 // of a tile: scores of kSide queries are 32 KiB
 
 enum class Part { kRounded, kUpper, kLower };
 
@@ -38,24 +42,25 @@ inline Wide pairs_of(Wide x, Wide y) {
   return _mm512_castsi512_ps(_mm512_mask_blend_epi16(0xaaaaaaaa, first, _mm512_castps_si512(part_of<kPart>(y))));
 }
 
-// Up to kRows rows of the left factor as tiles: part by part, sixteen rows by sixteen, step by step in k.
-template <int kParts, int64_t kRows, int64_t kDepth>
-class TileRows {
- public:
-  char* tile(int part, int64_t first, int64_t step) { return tiles_[part][first / kTileRows][step]; }
-  char* row(int part, int64_t r, int64_t step) { return tile(part, r, step) + r % kTileRows * kRowBytes; }
+// A left factor of so many steps in k as tiles, whose bytes are elsewhere: sixteen rows by sixteen, part by part, step
+// by step.
+template <int kParts>
+struct TileRows {
+  char* tiles;
+  int64_t steps;
 
- private:
-  alignas(64) char tiles_[kParts][kRows / kTileRows][kDepth / kStepDepth][kTileBytes];
+  char* tile(int part, int64_t first, int64_t step) const {
+    return tiles + ((first / kTileRows * kParts + part) * steps + step) * kTileBytes;
+  }
+  char* row(int part, int64_t r, int64_t step) const { return tile(part, r, step) + r % kTileRows * kRowBytes; }
 };
 
 inline __mmask16 first_lanes(int64_t n) { return static_cast<__mmask16>(n < 16 ? (1 << n) - 1 : 0xffff); }
 
 // One row as row r of the strip, up to a whole number of steps. A step of float16 pairs its first half with its second
 // one, which packed queries do too.
-template <int64_t kRows>
-inline void copy_row(const BFloat16* row, int64_t head_dim, int64_t r, TileRows<1, kRows, kMaxDepth>* to) {
-  char* out = to->row(0, r, 0);
+inline void copy_row(const BFloat16* row, int64_t head_dim, int64_t r, TileRows<1> to) {
+  char* out = to.row(0, r, 0);
   int64_t d = 0;
   for (; d + kStepDepth <= head_dim; d += kStepDepth, out += kTileBytes) {
     _mm512_store_si512(out, _mm512_loadu_si512(row + d));
@@ -63,9 +68,8 @@ inline void copy_row(const BFloat16* row, int64_t head_dim, int64_t r, TileRows<
   if (d < head_dim) _mm512_store_si512(out, _mm512_maskz_loadu_epi32(first_lanes((head_dim - d) / 2), row + d));
 }
 
-template <int64_t kRows>
-inline void copy_row(const Half* row, int64_t head_dim, int64_t r, TileRows<2, kRows, kMaxDepth>* to) {
-  char *upper = to->row(0, r, 0), *lower = to->row(1, r, 0);
+inline void copy_row(const Half* row, int64_t head_dim, int64_t r, TileRows<2> to) {
+  char *upper = to.row(0, r, 0), *lower = to.row(1, r, 0);
   const auto step = [&](int64_t d, Wide x, Wide y) {
     _mm512_store_ps(upper + d / kStepDepth * kTileBytes, pairs_of<Part::kUpper>(x, y));
     _mm512_store_ps(lower + d / kStepDepth * kTileBytes, pairs_of<Part::kLower>(x, y));
@@ -77,62 +81,108 @@ inline void copy_row(const Half* row, int64_t head_dim, int64_t r, TileRows<2, k
   step(d, load_wide(row + d, first_lanes(pairs)), load_wide(row + d + pairs, first_lanes(pairs)));
 }
 
-// Sixteen rows at a time, each part as [head_dim / 2][panel][2] bfloat16.
-inline void pack_split_keys(const void* k, int64_t row_stride, const int32_t* index, int64_t n, int64_t n_padded,
-                            int64_t head_dim, void* panels) {
+// Queries as a right factor, [panel][step][part] tiles: sixteen rows at a time as those of a left one, then transposed.
+template <class T>
+void pack_query_tiles(const void* q, int64_t row_stride, const int32_t* index, int64_t n, int64_t n_padded,
+                      int64_t head_dim, void* panels) {
+  constexpr int kCount = kParts<T>;
+  const int64_t steps = (head_dim + kStepDepth - 1) / kStepDepth;
+  alignas(64) char tiles[kCount * kMaxDepth / kStepDepth * kTileBytes];
+  const TileRows<kCount> rows{tiles, steps};
   float* out = static_cast<float*>(panels);
-  TileRows<2, kPanel, kMaxDepth> rows;
   for (int64_t first = 0; first < n_padded; first += kPanel) {
     for (int64_t r = 0; r < kPanel; ++r) {
       const int64_t at = first + r;
-      const Half* row = at < n ? static_cast<const Half*>(k) + (index ? index[at] : at) * row_stride : no_row<Half>();
-      copy_row(row, head_dim, r, &rows);
+      copy_row(at < n ? static_cast<const T*>(q) + (index ? index[at] : at) * row_stride : no_row<T>(), head_dim, r,
+               rows);
     }
-    for (int part = 0; part < 2; ++part) {
-      for (int64_t d = 0; d < head_dim; d += kStepDepth) {
-        const int64_t pairs = head_dim - d < kStepDepth ? (head_dim - d) / 2 : kTileRows;
-        const float* tile = reinterpret_cast<const float*>(rows.tile(part, 0, d / kStepDepth));
-        pack_keys<float>(tile, kTileRows, nullptr, kPanel, kPanel, pairs, out);
-        out += pairs * kPanel;
+    for (int64_t step = 0; step < steps; ++step) {
+      for (int part = 0; part < kCount; ++part, out += kTileRows * kPanel) {
+        const float* tile = reinterpret_cast<const float*>(rows.tile(part, 0, step));
+        pack_keys<float>(tile, kTileRows, nullptr, kPanel, kPanel, kTileRows, out);
       }
     }
   }
 }
 
-// Both parts of a panel, one after the other, as pack_value_pairs has them. The lower part of what is not finite is
-// NaN.
-inline bool pack_split_values(const void* v, int64_t row_stride, const int32_t* index, int64_t n, int64_t n_padded,
-                              int64_t head_dim, void* panels) {
-  const int64_t part = n_padded / 2 * kPanel;
-  const auto row = [&](int64_t r) {
-    return r < n ? static_cast<const Half*>(v) + index[r] * row_stride : no_row<Half>();
-  };
-  __mmask16 poison = 0;
-  for (int64_t r = 0; r < n_padded; r += 2) {
-    const Half *first = row(r), *second = row(r + 1);
-    float* out = static_cast<float*>(panels) + r / 2 * kPanel;
-    const auto panel = [&](Wide x, Wide y) {
-      const Wide x_lower = part_of<Part::kLower>(x), y_lower = part_of<Part::kLower>(y);
-      poison |= _mm512_cmp_ps_mask(x_lower, y_lower, _CMP_UNORD_Q);
-      store(out, pairs_of<Part::kUpper>(x, y));
-      store(out + part, pairs_of<Part::kUpper>(x_lower, y_lower));
-      out += 2 * part;
-    };
-    int64_t d = 0;
-    for (; d + kPanel <= head_dim; d += kPanel) panel(wide_load(first + d), wide_load(second + d));
-    if (d < head_dim)
-      panel(load_wide(first + d, first_lanes(head_dim - d)), load_wide(second + d, first_lanes(head_dim - d)));
+// Sixteen columns of two rows of values as a tile's row, and whether all were finite.
+template <class T>
+class ValueRows;
+
+template <>
+class ValueRows<BFloat16> {
+ public:
+  void put(const BFloat16* x, const BFloat16* y, __mmask16 lanes, char* to) {
+    const __m512i both = _mm512_inserti64x4(_mm512_castsi256_si512(_mm256_maskz_loadu_epi16(lanes, x)),
+                                            _mm256_maskz_loadu_epi16(lanes, y), 1);
+    largest_ = _mm512_max_epu16(largest_, _mm512_and_si512(both, _mm512_set1_epi16(0x7fff)));
+    _mm512_store_si512(to, _mm512_permutexvar_epi16(_mm512_load_si512(kInterleaved), both));
   }
-  return poison == 0;
+  bool finite() const {  // the least of what is not is an infinity, others are NaN
+    return _mm512_cmpge_epu16_mask(largest_, _mm512_set1_epi16(0x7f80)) == 0;
+  }
+
+ private:
+  __m512i largest_ = _mm512_setzero_si512();
+};
+
+template <>
+class ValueRows<Half> {
+ public:
+  void put(const Half* x, const Half* y, __mmask16 lanes, char* to) {
+    const Wide first = load_wide(x, lanes), second = load_wide(y, lanes);
+    const Wide first_lower = part_of<Part::kLower>(first), second_lower = part_of<Part::kLower>(second);
+    poison_ |= _mm512_cmp_ps_mask(first_lower, second_lower, _CMP_UNORD_Q);  // an infinity's is NaN too
+    _mm512_store_ps(to, pairs_of<Part::kUpper>(first, second));
+    _mm512_store_ps(to + kTileBytes, pairs_of<Part::kUpper>(first_lower, second_lower));
+  }
+  bool finite() const { return poison_ == 0; }
+
+ private:
+  __mmask16 poison_ = 0;
+};
+
+// Values as a right factor, [step][panel][part] tiles: panels of a row lie 1 or 2 KiB apart, not in one set of the
+// cache. Rows that the last step lacks are zeros.
+template <class T>
+bool pack_value_tiles(const void* v, int64_t row_stride, const int32_t* index, int64_t n, int64_t, int64_t head_dim,
+                      void* panels) {
+  constexpr int64_t kPanelBytes = kParts<T> * kTileBytes;
+  const int64_t step_bytes = (head_dim + kPanel - 1) / kPanel * kPanelBytes;
+  const auto row = [&](int64_t r) { return r < n ? static_cast<const T*>(v) + index[r] * row_stride : no_row<T>(); };
+  ValueRows<T> rows;
+  for (int64_t first = 0; first < n; first += kStepDepth) {
+    char* step = static_cast<char*>(panels) + first / kStepDepth * step_bytes;
+    for (int64_t r = 0; r < kTileRows; ++r) {
+      const T *x = row(first + 2 * r), *y = row(first + 2 * r + 1);
+      char* to = step + r * kRowBytes;
+      for (int64_t d = 0; d < head_dim; d += kPanel, to += kPanelBytes) {
+        rows.put(x + d, y + d, first_lanes(head_dim - d), to);
+      }
+    }
+  }
+  return rows.finite();
 }
 
-// Sixteen queries' probabilities of up to 32 keys, which lie by key, as rows of a tile.
-template <Part kPart>
-inline void pack_probabilities(const float* p, int64_t ldp, int64_t keys, char* tile) {
-  const auto row = [&](int64_t j) { return wide_load(j < keys ? p + j * ldp : no_row<float>()); };
-  const auto pair = [&](int64_t j) { return pairs_of<kPart>(row(j), row(j + 1)); };
-  const auto four = [&](int64_t j) { return interleave(pair(j), pair(j + 2), pair(j + 4), pair(j + 6)); };
-  store_transposed(four(0), four(8), four(16), four(24), kTileRows, reinterpret_cast<float*>(tile));
+// Probabilities as pairs, their lower parts, where there are some, in the place of the second key's.
+template <class T>
+struct AsParts {
+  static void put(Wide p, Wide next, float* at, float* next_at) {
+    if constexpr (kParts<T> == 1) {
+      store(at, pairs_of<Part::kRounded>(p, next));
+    } else {
+      store(at, pairs_of<Part::kUpper>(p, next));
+      store(next_at, pairs_of<Part::kLower>(p, next));
+    }
+  }
+  static void put(Wide p, float* at, float* next_at) { put(p, wide_zero(), at, next_at); }
+};
+
+// Sixteen queries' pairs of up to 32 keys, which lie by key, as rows of a tile.
+inline void transpose_pairs(const float* pairs, int64_t stride, int64_t keys, char* tile) {
+  const auto row = [&](int64_t j) { return wide_load(2 * j < keys ? pairs + j * stride : no_row<float>()); };
+  const auto four = [&](int64_t j) { return interleave(row(j), row(j + 1), row(j + 2), row(j + 3)); };
+  store_transposed(four(0), four(4), four(8), four(12), kTileRows, reinterpret_cast<float*>(tile));
 }
 
 }  // namespace dhsa::cpu::DHSA_ISA

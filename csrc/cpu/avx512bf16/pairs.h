@@ -15,11 +15,13 @@ inline void pack_key_pairs(const void* k, int64_t row_stride, const int32_t* ind
   pack_keys<float>(k, row_stride / 2, index, n, n_padded, head_dim / 2, static_cast<float*>(panels));
 }
 
+// Two rows of sixteen elements, one after the other, to pairs.
+alignas(64) static const uint16_t kInterleaved[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                                      8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+
 // Two rows at a time, whole: a row of each panel is 32 elements of the two, put in order by one permutation.
 inline bool pack_value_pairs(const void* v, int64_t row_stride, const int32_t* index, int64_t n, int64_t n_padded,
                              int64_t head_dim, void* panels) {
-  alignas(64) static const uint16_t kInterleaved[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
-                                                        8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
   const __m512i interleaved = _mm512_load_si512(kInterleaved), magnitude = _mm512_set1_epi16(0x7fff);
   const auto row = [&](int64_t r) {
     return r < n ? static_cast<const BFloat16*>(v) + index[r] * row_stride : no_row<BFloat16>();
@@ -45,33 +47,51 @@ inline bool pack_value_pairs(const void* v, int64_t row_stride, const int32_t* i
 }
 
 // Keys as they are stored, a pair at a time, by packed pairs of queries.
-inline void dot_column_pairs(const KeyTile& tile, const void* q, int64_t m, float scale, float*, float* s,
-                             int64_t lds) {
+inline void dot_column_pairs(const KeyTile& tile, const void*, const void* q, int64_t first, int64_t m, float scale,
+                             float* s, int64_t lds) {
   const ListedRows keys{static_cast<const float*>(tile.k), tile.k_row / 2, tile.index,
                         ahead<BFloat16>(tile.k, tile.k_row, tile), ahead<BFloat16>(tile.v, tile.v_row, tile)};
-  dot_listed<PairProduct>(keys, tile.n, tile.head_dim / 2, static_cast<const float*>(q), m, scale, s, lds);
+  const int64_t pairs = tile.head_dim / 2;
+  dot_listed<PairProduct>(keys, tile.n, pairs, static_cast<const float*>(q) + first * pairs, m, scale, s, lds);
 }
 
-inline __m512i round_bits(const float* p) { return _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(wide_load(p))); }
+inline __m512i round_bits(Wide p) { return _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(p)); }
 
-// Probabilities of two keys to pairs, where those of the first key were.
-inline void add_column_pairs(float* p, int64_t ldp, int64_t keys, const void* v, int64_t n, int64_t m, float* c,
-                             int64_t ldc) {
-  for (int64_t j = 0; j < keys; j += 2) {
-    float *first = p + j * ldp, *second = first + ldp;
-    for (int64_t i = 0; i < m; i += kWide) {
-      const __m512i high = j + 1 < keys ? _mm512_slli_epi32(round_bits(second + i), 16) : _mm512_setzero_si512();
-      _mm512_storeu_si512(first + i, _mm512_or_si512(round_bits(first + i), high));
-    }
+struct AsPairs {
+  static void put(Wide p, Wide next, float* at, float*) {
+    _mm512_storeu_si512(at, _mm512_or_si512(round_bits(p), _mm512_slli_epi32(round_bits(next), 16)));
   }
+  static void put(Wide p, float* at, float*) { _mm512_storeu_si512(at, round_bits(p)); }
+};
+
+inline void add_column_pairs(const float* p, int64_t ldp, int64_t keys, const void* v, int64_t n, int64_t m, float* c,
+                             int64_t ldc) {
   gemm_all<PairProduct, Into::kAdd>(m, (keys + 1) / 2, ColumnMajor{p, 2 * ldp}, static_cast<const float*>(v), n, 1.0f,
                                     c, ldc);
 }
 
+// store_row by the instruction that rounds, to which what is below 2^-126 is 0.
+inline void store_rounded_row(const float* x, float scale, int64_t head_dim, void* out) {
+  BFloat16* to = static_cast<BFloat16*>(out);
+  const auto rounded = [&](int64_t d, __mmask16 lanes) {
+    return (__m256i)_mm512_cvtneps_pbh(mul(load_wide(x + d, lanes), wide_set1(scale)));
+  };
+  int64_t d = 0;
+  for (; d + kWide <= head_dim; d += kWide) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + d), rounded(d, 0xffff));
+  }
+  if (d < head_dim) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to + d), _mm256_castsi256_si128(rounded(d, 0xff)));
+  }
+}
+
 constexpr Kernels with_pairs(Kernels table) {
+  table.store_row[2] = store_rounded_row;
   table.pack_key_pairs[2] = pack_key_pairs;
   table.pack_value_pairs[2] = pack_value_pairs;
+  table.copy_keys[2] = nullptr;
   table.dot_columns[2] = dot_column_pairs;
+  table.softmax_column_pairs[2] = softmax_columns<ShiftedExp, AsPairs>;
   table.add_column_pairs[2] = add_column_pairs;
   return table;
 }

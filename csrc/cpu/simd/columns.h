@@ -57,14 +57,20 @@ inline void widen_rows(const T* x, int64_t row_stride, const int32_t* index, int
 
 // Half types are widened first: a key's elements are broadcast once for every kTileColumns queries.
 template <class T>
-void dot_columns(const KeyTile& tile, const void* q, int64_t m, float scale, float* widened, float* s, int64_t lds) {
-  ListedRows keys{widened, tile.head_dim, nullptr, {}, ahead<T>(tile.v, tile.v_row, tile)};
+void widen_keys(const KeyTile& tile, void* copies) {
+  widen_rows(static_cast<const T*>(tile.k), tile.k_row, tile.index, tile.n, tile.head_dim, static_cast<float*>(copies));
+}
+
+template <class T>
+void dot_columns(const KeyTile& tile, const void* copies, const void* q, int64_t first, int64_t m, float scale,
+                 float* s, int64_t lds) {
+  const Ahead values = ahead<T>(tile.v, tile.v_row, tile);
+  ListedRows keys{static_cast<const float*>(copies), tile.head_dim, nullptr, {}, values};
   if constexpr (sizeof(T) == sizeof(float)) {
-    keys = {static_cast<const float*>(tile.k), tile.k_row, tile.index, ahead<T>(tile.k, tile.k_row, tile), keys.values};
-  } else {
-    widen_rows(static_cast<const T*>(tile.k), tile.k_row, tile.index, tile.n, tile.head_dim, widened);
+    keys = {static_cast<const float*>(tile.k), tile.k_row, tile.index, ahead<T>(tile.k, tile.k_row, tile), values};
   }
-  dot_listed<FloatProduct>(keys, tile.n, tile.head_dim, static_cast<const float*>(q), m, scale, s, lds);
+  dot_listed<FloatProduct>(keys, tile.n, tile.head_dim, static_cast<const float*>(q) + first * tile.head_dim, m, scale,
+                           s, lds);
 }
 
 inline void mask_columns(float* s, int64_t lds, const int32_t* index, int64_t n, const int32_t* low,
@@ -77,19 +83,32 @@ inline void mask_columns(float* s, int64_t lds, const int32_t* index, int64_t n,
   }
 }
 
-// exp(x - shift).
-struct ShiftedExp {
-  Wide shift;
-  Wide operator()(Wide x) const { return exp_nonpositive(sub(x, shift)); }
+// exp(scale x - shift).
+class ShiftedExp {
+ public:
+  ShiftedExp(float scale, Wide shift) : scale_(wide_set1(scale)), offset_(sub(wide_zero(), shift)) {}
+  Wide operator()(Wide x) const { return exp_nonpositive(fma(x, scale_, offset_)); }
+
+ private:
+  Wide scale_, offset_;
 };
 
-template <class Exp>
-inline void softmax_columns(float* s, int64_t lds, int64_t n, int64_t m, float* row_max, float* row_sum,
+// Probabilities of a key and of the next one, as they are.
+struct AsFloats {
+  static void put(Wide p, Wide next, float* at, float* next_at) {
+    store(at, p);
+    store(next_at, next);
+  }
+  static void put(Wide p, float* at, float*) { store(at, p); }
+};
+
+template <class Exp, class As>
+inline void softmax_columns(float* s, int64_t lds, int64_t n, int64_t m, float scale, float* row_max, float* row_sum,
                             float* shrink) {
   for (int64_t i = 0; i < m; i += kWide) {
     float* column = s + i;
     const Wide old_max = wide_load(row_max + i);
-    Wide peak = old_max, peak1 = old_max, peak2 = old_max, peak3 = old_max;
+    Wide peak = wide_set1(-kInfinity), peak1 = peak, peak2 = peak, peak3 = peak;
     int64_t j = 0;
     for (; j + 4 <= n; j += 4) {
       const float* at = column + j * lds;
@@ -99,15 +118,22 @@ inline void softmax_columns(float* s, int64_t lds, int64_t n, int64_t m, float* 
       peak3 = max(wide_load(at + 3 * lds), peak3);
     }
     for (; j < n; ++j) peak = max(wide_load(column + j * lds), peak);
-    peak = max(max(peak, peak1), max(peak2, peak3));
+    peak = max(mul(max(max(peak, peak1), max(peak2, peak3)), wide_set1(scale)), old_max);
     // A row without a key yet: exp(-inf - 0) = 0.
     const Wide shift = select_less(wide_set1(-kInfinity), peak, peak, wide_zero());
     const Wide factor = exp_nonpositive(sub(old_max, shift));
     Wide sum = mul(wide_load(row_sum + i), factor);
-    const Exp exp{shift};
-    for (j = 0; j < n; ++j) {
-      const Wide p = exp(wide_load(column + j * lds));
-      store(column + j * lds, p);
+    const Exp exp(scale, shift);
+    for (j = 0; j + 2 <= n; j += 2) {
+      float *at = column + j * lds, *next_at = at + lds;
+      const Wide p = exp(wide_load(at)), next = exp(wide_load(next_at));
+      As::put(p, next, at, next_at);
+      sum = add(sum, add(p, next));
+    }
+    if (j < n) {
+      float* at = column + j * lds;
+      const Wide p = exp(wide_load(at));
+      As::put(p, at, at + lds);
       sum = add(sum, p);
     }
     store(row_max + i, peak);
@@ -122,11 +148,13 @@ inline void add_columns(const float* p, int64_t ldp, int64_t keys, const float* 
 }
 
 constexpr Kernels with_columns(Kernels table) {
+  table.copy_keys[1] = widen_keys<Half>;
+  table.copy_keys[2] = widen_keys<BFloat16>;
   table.dot_columns[0] = dot_columns<float>;
   table.dot_columns[1] = dot_columns<Half>;
   table.dot_columns[2] = dot_columns<BFloat16>;
   table.mask_columns = mask_columns;
-  table.softmax_columns = softmax_columns<ShiftedExp>;
+  table.softmax_columns = softmax_columns<ShiftedExp, AsFloats>;
   table.add_columns = add_columns;
   return table;
 }
