@@ -48,7 +48,7 @@ ROWS = {
     "prefill-2k": Row("prefill-2k", ("whole", "attention A", GATHER, DENSE), 2, ("fp32", "bf16", "fp16")),
     "prefill-8k": Row("prefill-8k", ("whole", "attention A", "whole kv", GATHER, "flex", DENSE), 2),
     "prefill-8k-half": Row("prefill-8k", ("whole", "attention A", GATHER, DENSE), 2, ("bf16", "fp16")),
-    "prefill-32k": Row("prefill-32k", ("whole", "attention A", "whole kv", GATHER, DENSE), 2, least=1),
+    "prefill-32k": Row("prefill-32k", ("whole", "attention A", "whole kv", GATHER, DENSE), 2),
     "lengths": Row("prefill-2k", ("whole", "attention A", DENSE), 2),
     "budgets": Row("prefill-8k", ("whole", "attention A", DENSE), 2),
 }

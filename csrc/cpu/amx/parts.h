@@ -112,9 +112,10 @@ class ValueRows;
 template <>
 class ValueRows<BFloat16> {
  public:
-  void put(const BFloat16* x, const BFloat16* y, __mmask16 lanes, char* to) {
-    const __m512i both = _mm512_inserti64x4(_mm512_castsi256_si512(_mm256_maskz_loadu_epi16(lanes, x)),
-                                            _mm256_maskz_loadu_epi16(lanes, y), 1);
+  static __m256i whole(const BFloat16* x) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)); }
+  static __m256i part(const BFloat16* x, __mmask16 lanes) { return _mm256_maskz_loadu_epi16(lanes, x); }
+  void put(__m256i x, __m256i y, char* to) {
+    const __m512i both = _mm512_inserti64x4(_mm512_castsi256_si512(x), y, 1);
     largest_ = _mm512_max_epu16(largest_, _mm512_and_si512(both, _mm512_set1_epi16(0x7fff)));
     _mm512_store_si512(to, _mm512_permutexvar_epi16(_mm512_load_si512(kInterleaved), both));
   }
@@ -129,12 +130,13 @@ class ValueRows<BFloat16> {
 template <>
 class ValueRows<Half> {
  public:
-  void put(const Half* x, const Half* y, __mmask16 lanes, char* to) {
-    const Wide first = load_wide(x, lanes), second = load_wide(y, lanes);
-    const Wide first_lower = part_of<Part::kLower>(first), second_lower = part_of<Part::kLower>(second);
-    poison_ |= _mm512_cmp_ps_mask(first_lower, second_lower, _CMP_UNORD_Q);  // an infinity's is NaN too
-    _mm512_store_ps(to, pairs_of<Part::kUpper>(first, second));
-    _mm512_store_ps(to + kTileBytes, pairs_of<Part::kUpper>(first_lower, second_lower));
+  static Wide whole(const Half* x) { return wide_load(x); }
+  static Wide part(const Half* x, __mmask16 lanes) { return load_wide(x, lanes); }
+  void put(Wide x, Wide y, char* to) {
+    const Wide x_lower = part_of<Part::kLower>(x), y_lower = part_of<Part::kLower>(y);
+    poison_ |= _mm512_cmp_ps_mask(x_lower, y_lower, _CMP_UNORD_Q);  // an infinity's is NaN too
+    _mm512_store_ps(to, pairs_of<Part::kUpper>(x, y));
+    _mm512_store_ps(to + kTileBytes, pairs_of<Part::kUpper>(x_lower, y_lower));
   }
   bool finite() const { return poison_ == 0; }
 
@@ -156,8 +158,11 @@ bool pack_value_tiles(const void* v, int64_t row_stride, const int32_t* index, i
     for (int64_t r = 0; r < kTileRows; ++r) {
       const T *x = row(first + 2 * r), *y = row(first + 2 * r + 1);
       char* to = step + r * kRowBytes;
-      for (int64_t d = 0; d < head_dim; d += kPanel, to += kPanelBytes) {
-        rows.put(x + d, y + d, first_lanes(head_dim - d), to);
+      int64_t d = 0;
+      for (; d + kPanel <= head_dim; d += kPanel, to += kPanelBytes) rows.put(rows.whole(x + d), rows.whole(y + d), to);
+      if (d < head_dim) {
+        const __mmask16 lanes = first_lanes(head_dim - d);
+        rows.put(rows.part(x + d, lanes), rows.part(y + d, lanes), to);
       }
     }
   }
