@@ -12,8 +12,11 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 pip=(${PIP:-python3 -m pip} --disable-pip-version-check)
 work=$PWD/build/arm-python
-export ARM_ROOT=$work/root OMP_NUM_THREADS=1 PIP_NO_COMPILE=1 CCACHE_DIR=$work/ccache
-! command -v ccache >/dev/null || export CMAKE_CXX_COMPILER_LAUNCHER=ccache  # two builds of one core
+export ARM_ROOT=$work/root OMP_NUM_THREADS=1
+# Two builds of one core, which is run_arm.sh's too: a cache of the caller's is used.
+export CCACHE_DIR=${CCACHE_DIR:-$work/ccache}
+! command -v ccache >/dev/null || export CMAKE_CXX_COMPILER_LAUNCHER=ccache
+unset PYTHONDONTWRITEBYTECODE  # what the emulated Python compiles at its first import, it need not again
 site=$ARM_ROOT/usr/local/lib/python3.11/dist-packages
 python=$ARM_ROOT/usr/bin/python
 
@@ -25,7 +28,7 @@ fail() {
 
 # 2.10.0 is the last torch that brings no CUDA packages on ARM64. Wheels are named one by one: pip would decide what
 # else they need by the markers of this machine.
-torch=(torch==2.10.0 hypothesis sortedcontainers filelock typing_extensions sympy mpmath networkx jinja2 markupsafe fsspec)
+torch=(torch==2.10.0 hypothesis sortedcontainers filelock typing_extensions sympy mpmath==1.3.0 networkx jinja2 markupsafe fsspec)
 base=(pip setuptools pybind11 numpy pytest pluggy iniconfig packaging pygments)
 wheels() {
   "${pip[@]}" download -q --no-deps --only-binary=:all: --python-version 3.11 --implementation cp \
@@ -37,6 +40,10 @@ unpack() { # NAME...: the wheels of these packages into the emulated Python's si
   for name in "$@"; do
     python3 -m zipfile -e "$work/wheels/${name%%==*}"-*.whl "$site"
   done
+  compile "$site"
+}
+compile() { # FOLDER...: to byte code, which any Python 3.11 can; under emulation `import torch` takes twice as long without
+  python3 -m compileall -q -x '/tests?/' "$@"
 }
 
 if [[ ! -e $work/wheels/complete ]]; then
@@ -51,6 +58,7 @@ if [[ ! -e $work/root/complete ]]; then
   mmdebstrap --quiet --variant=extract --architectures=arm64 \
     --include=python3.11,libpython3.11-dev,libgomp1,libstdc++6,libc6-dev bookworm "$work/root"
   rm -f "$ARM_ROOT"/usr/lib/python3.11/EXTERNALLY-MANAGED
+  compile "$ARM_ROOT/usr/lib/python3.11"
   touch "$work/root/complete"
 fi
 # Started as `python`, so that what Python starts again as sys.executable runs under the emulator too.
