@@ -105,7 +105,8 @@ struct Kernels {
 
   // A block of queries with its scores by key, s[n][lds], null in an ISA without it. The columns are queries, packed
   // once: as pack_keys packs rows, or pack_key_pairs where the type has one. These kernels take m of them, a multiple
-  // of kMaxPanel: those of types with pairs up to pair_columns, if that is not 0, and at most pair_keys keys.
+  // of kMaxPanel: those of types with pairs up to pair_columns, if that is not 0, and at most pair_keys keys, 256 or
+  // less.
   // Where begin_block is not null, dot_columns and add_column_pairs of types with pairs lie between it and end_block,
   // on one thread.
   int64_t pair_keys = kBlockN, pair_columns = 0;

@@ -10,9 +10,6 @@ constexpr int kParts = 1;
 template <>
 constexpr int kParts<Half> = 2;
 
-#ifndef PAIRKEYS
-#define PAIRKEYS 256
-#endif
 constexpr int64_t kSide = 2 * kTileRows;           // rows, and columns, that a block of four accumulators has
 constexpr int64_t kStepDepth = 2 * kRowBytes / 4;  // of k, that a tile has
 constexpr int64_t kTileKeys = 256;                 // of a tile: scores of kSide queries are 32 KiB

@@ -207,7 +207,6 @@ void add_tiled_columns(const float* p, int64_t ldp, int64_t keys, const void* v,
 constexpr Kernels with_tiles(Kernels table) {
   table.pair_keys = kTileKeys;
   table.pair_columns = kSide;
-  table.softmax_columns = softmax_strips<AsFloats>;
   table.begin_block = begin_tiles;
   table.end_block = end_tiles;
   table.pack_key_pairs[2] = pack_query_tiles<BFloat16>;

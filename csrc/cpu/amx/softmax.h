@@ -1,4 +1,4 @@
-// softmax_columns beside tiles, where most of what is left of the time is exponentials: fewer instructions for each,
+// softmax_columns to the parts of probabilities: fewer instructions for an exponential, exact enough for sixteen bits,
 // and two vectors of queries at a time, all that a row of a strip has.
 #pragma once
 
