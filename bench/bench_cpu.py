@@ -39,7 +39,6 @@ class Row:
     names: tuple[str, ...]
     threads: int
     dtypes: tuple[str, ...] = ("fp32",)
-    least: int = 3  # rounds, however slow
 
 
 ROWS = {
@@ -122,7 +121,7 @@ def run_row(label: str, row: Row, shape: Shape, dtype: str, chosen: argparse.Nam
     try:
         inputs = Inputs(shape, "cpu", DTYPES[dtype])
         names = [name for name in row.names if name not in chosen.without.split(",")]
-        results = measure([contestant(name, inputs) for name in names], "cpu", chosen.seconds, row.least)
+        results = measure([contestant(name, inputs) for name in names], "cpu", chosen.seconds)
     finally:
         torch.set_num_threads(number)
     kept = {kind: kept_pairs(lists, shape) for kind, lists in inputs.made.items()}

@@ -314,7 +314,7 @@ def test_a_predictor_goes_where_its_model_is(tmp_path):
 
 @pytest.mark.parametrize("decode", ["dense", "sparse"])
 def test_an_offloaded_cache_answers_as_one_on_the_gpu(decode):
-    """Each layer's keys come back from the CPU before it attends, in new tensors; only a later layer's are missing."""
+    """Each layer's keys come back from the CPU before it attends, in new tensors."""
     hf.register()
     model, ids = llama(1200, layers=3, num_attention_heads=4, num_key_value_heads=2, head_dim=64)
 

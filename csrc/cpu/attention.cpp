@@ -138,6 +138,25 @@ bool hides_keys(const AttentionArgs& args, const Rows& rows, int64_t n, const At
   return most > p0 || (args.softmax.window > 0 && least <= p1 - args.softmax.window);
 }
 
+KeyTile key_tile(const AttentionArgs& args, const Rows& rows, int64_t n, const AttentionScratch& scratch) {
+  return {args.k.at(rows.b, rows.kv_head, 0),
+          args.v.at(rows.b, rows.kv_head, 0),
+          args.k.row,
+          args.v.row,
+          scratch.index,
+          n,
+          args.head_dim};
+}
+
+// Packs a tile's values, padded with rows of zeros; true if all are finite.
+bool pack_values(const AttentionArgs& args, const KeyTile& tile, int64_t padded, float* panels) {
+  const Kernels& kernels = *args.kernels;
+  return uses_pairs(args)
+             ? kernels.pack_value_pairs[args.v.dtype](tile.v, tile.v_row, tile.index, tile.n, padded, tile.head_dim,
+                                                      panels)
+             : kernels.pack_values[args.v.dtype](tile.v, tile.v_row, tile.index, tile.n, padded, tile.head_dim, panels);
+}
+
 // One tile of n keys, their indices in scratch.index, for every row.
 void attend_tile(const AttentionArgs& args, const Rows& rows, int64_t n, const AttentionScratch& scratch) {
   const Kernels& kernels = *args.kernels;
@@ -147,16 +166,13 @@ void attend_tile(const AttentionArgs& args, const Rows& rows, int64_t n, const A
   std::fill(scratch.index + n, scratch.index + padded, std::numeric_limits<int32_t>::max());
 
   const bool pairs = uses_pairs(args);
-  const char *k = args.k.at(rows.b, rows.kv_head, 0), *v = args.v.at(rows.b, rows.kv_head, 0);
-  bool finite;
+  const KeyTile tile = key_tile(args, rows, n, scratch);
+  const bool finite = pack_values(args, tile, padded, scratch.v_panels);
   if (pairs) {
-    kernels.pack_key_pairs[args.k.dtype](k, args.k.row, scratch.index, n, padded, head_dim, scratch.k_panels);
-    finite =
-        kernels.pack_value_pairs[args.v.dtype](v, args.v.row, scratch.index, n, padded, head_dim, scratch.v_panels);
+    kernels.pack_key_pairs[args.k.dtype](tile.k, tile.k_row, tile.index, n, padded, head_dim, scratch.k_panels);
     kernels.gemm_pairs(m, head_dim, scratch.q, head_dim, scratch.k_panels, padded, scratch.probs, kBlockN, false);
   } else {
-    kernels.pack_keys[args.k.dtype](k, args.k.row, scratch.index, n, padded, head_dim, scratch.k_panels);
-    finite = kernels.pack_values[args.v.dtype](v, args.v.row, scratch.index, n, padded, head_dim, scratch.v_panels);
+    kernels.pack_keys[args.k.dtype](tile.k, tile.k_row, tile.index, n, padded, head_dim, scratch.k_panels);
     kernels.gemm(m, head_dim, scratch.q, head_dim, scratch.k_panels, padded, scratch.probs, kBlockN, false);
   }
 
@@ -187,17 +203,6 @@ void attend_tile(const AttentionArgs& args, const Rows& rows, int64_t n, const A
   kernels.gemm(m, padded, scratch.probs, kBlockN, scratch.v_panels, padded_dim, scratch.acc, padded_dim, true);
 }
 
-// Packs a tile's values; true if all are finite.
-bool pack_values(const AttentionArgs& args, const KeyTile& tile, void* panels) {
-  const Kernels& kernels = *args.kernels;
-  if (uses_pairs(args)) {
-    return kernels.pack_value_pairs[args.v.dtype](tile.v, tile.v_row, tile.index, tile.n, round_up(tile.n, 2),
-                                                  tile.head_dim, panels);
-  }
-  return kernels.pack_values[args.v.dtype](tile.v, tile.v_row, tile.index, tile.n, tile.n, tile.head_dim,
-                                           static_cast<float*>(panels));
-}
-
 // The same with scores by key, a column for each row, in an ISA that has these kernels: a strip of columns after the
 // other, or all at once, and then 16 more floats from one key's scores to the next keep a column from falling into few
 // sets of the cache.
@@ -207,13 +212,7 @@ void attend_tile_by_columns(const AttentionArgs& args, const Rows& rows, int64_t
   const int64_t m = rows.count(), columns = round_up(m, kMaxPanel);
   const bool pairs = uses_pairs(args), strips = pairs && kernels.pair_columns > 0;
   const int64_t strip = strips ? kernels.pair_columns : columns, lds = strips ? strip : columns + kMaxPanel;
-  const KeyTile tile{args.k.at(rows.b, rows.kv_head, 0),
-                     args.v.at(rows.b, rows.kv_head, 0),
-                     args.k.row,
-                     args.v.row,
-                     scratch.index,
-                     n,
-                     head_dim};
+  const KeyTile tile = key_tile(args, rows, n, scratch);
   const bool masked = hides_keys(args, rows, n, scratch);
   const bool scaled = args.softmax.softcap > 0.0f || args.softmax.scale <= 0.0f;  // before the softmax, not in it
   const float dot_scale = scaled ? args.softmax.scale : 1.0f, exp_scale = scaled ? 1.0f : args.softmax.scale;
@@ -223,7 +222,7 @@ void attend_tile_by_columns(const AttentionArgs& args, const Rows& rows, int64_t
   for (int64_t first = 0; first < columns; first += strip) {
     const int64_t count = std::min(strip, columns - first), last = std::min(first + strip, m);
     kernels.dot_columns[args.k.dtype](tile, scratch.k_panels, scratch.q, first, count, dot_scale, s, lds);
-    if (first == 0) finite = pack_values(args, tile, scratch.v_panels);
+    if (first == 0) finite = pack_values(args, tile, pairs ? round_up(n, 2) : n, scratch.v_panels);
     if (args.softmax.softcap > 0.0f) {
       for (int64_t j = 0; j < n; ++j) kernels.softcap_row(s + j * lds, count, args.softmax.softcap);
     }

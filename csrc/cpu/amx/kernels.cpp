@@ -19,7 +19,7 @@
 //
 #include "cpu/amx/parts.h"
 //
-#include "cpu/amx/softmax.h"
+#include "cpu/amx/exp.h"
 //
 #include "cpu/amx/products.h"
 #include "cpu/simd/pooling.h"

@@ -14,6 +14,8 @@ constexpr int64_t kSide = 2 * kTileRows;           // rows, and columns, that a 
 constexpr int64_t kStepDepth = 2 * kRowBytes / 4;  // of k, that a tile has
 constexpr int64_t kTileKeys = 256;                 // of a tile: scores of kSide queries are 32 KiB
 
+inline int64_t steps_of(int64_t depth) { return (depth + kStepDepth - 1) / kStepDepth; }
+
 enum class Part { kRounded, kUpper, kLower };
 
 inline Wide upper_bits(Wide x) {
@@ -83,7 +85,7 @@ template <class T>
 void pack_query_tiles(const void* q, int64_t row_stride, const int32_t* index, int64_t n, int64_t n_padded,
                       int64_t head_dim, void* panels) {
   constexpr int kCount = kParts<T>;
-  const int64_t steps = (head_dim + kStepDepth - 1) / kStepDepth;
+  const int64_t steps = steps_of(head_dim);
   alignas(64) char tiles[kCount * kMaxDepth / kStepDepth * kTileBytes];
   const TileRows<kCount> rows{tiles, steps};
   float* out = static_cast<float*>(panels);
@@ -101,28 +103,6 @@ void pack_query_tiles(const void* q, int64_t row_stride, const int32_t* index, i
     }
   }
 }
-
-// Sixteen columns of two rows of values as a tile's row, and whether all were finite.
-template <class T>
-class ValueRows;
-
-template <>
-class ValueRows<BFloat16> {
- public:
-  static __m256i whole(const BFloat16* x) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)); }
-  static __m256i part(const BFloat16* x, __mmask16 lanes) { return _mm256_maskz_loadu_epi16(lanes, x); }
-  void put(__m256i x, __m256i y, char* to) {
-    const __m512i both = _mm512_inserti64x4(_mm512_castsi256_si512(x), y, 1);
-    largest_ = _mm512_max_epu16(largest_, _mm512_and_si512(both, _mm512_set1_epi16(0x7fff)));
-    _mm512_store_si512(to, _mm512_permutexvar_epi16(_mm512_load_si512(kInterleaved), both));
-  }
-  bool finite() const {  // the least of what is not is an infinity, others are NaN
-    return _mm512_cmpge_epu16_mask(largest_, _mm512_set1_epi16(0x7f80)) == 0;
-  }
-
- private:
-  __m512i largest_ = _mm512_setzero_si512();
-};
 
 template <>
 class ValueRows<Half> {
@@ -154,13 +134,7 @@ bool pack_value_tiles(const void* v, int64_t row_stride, const int32_t* index, i
     char* step = static_cast<char*>(panels) + first / kStepDepth * step_bytes;
     for (int64_t r = 0; r < kTileRows; ++r) {
       const T *x = row(first + 2 * r), *y = row(first + 2 * r + 1);
-      char* to = step + r * kRowBytes;
-      int64_t d = 0;
-      for (; d + kPanel <= head_dim; d += kPanel, to += kPanelBytes) rows.put(rows.whole(x + d), rows.whole(y + d), to);
-      if (d < head_dim) {
-        const __mmask16 lanes = first_lanes(head_dim - d);
-        rows.put(rows.part(x + d, lanes), rows.part(y + d, lanes), to);
-      }
+      put_rows(x, y, head_dim, kPanelBytes, step + r * kRowBytes, &rows);
     }
   }
   return rows.finite();

@@ -70,7 +70,7 @@ struct Block {
 
 template <class T>
 TileRows<kParts<T>> key_tiles(const void* copies, int64_t head_dim) {
-  return {static_cast<char*>(const_cast<void*>(copies)), (head_dim + kStepDepth - 1) / kStepDepth};
+  return {static_cast<char*>(const_cast<void*>(copies)), steps_of(head_dim)};
 }
 
 template <class T>
@@ -85,7 +85,7 @@ void copy_keys(const KeyTile& tile, void* copies) {
 // together panel by panel, products of float32.
 inline __attribute__((noinline)) void dot_joined_columns(const KeyTile& tile, const float* q, int64_t m, float scale,
                                                          float* s, int64_t lds) {
-  const int64_t steps = (tile.head_dim + kStepDepth - 1) / kStepDepth, part = kTileBytes / 4;
+  const int64_t steps = steps_of(tile.head_dim), part = kTileBytes / 4;
   alignas(64) float panel[kMaxDepth * kPanel], widened[kSide * kMaxDepth];
   const auto join = [](Wide upper, Wide lower) {  // the lower part of what is not finite is not either
     return _mm512_mask_blend_ps(_mm512_fpclass_ps_mask(upper, 0x99), add(upper, lower), upper);
@@ -164,7 +164,7 @@ template <class T>
 void add_tiled_columns(const float* p, int64_t ldp, int64_t keys, const void* v, int64_t n, int64_t m, float* c,
                        int64_t ldc) {
   constexpr int64_t kPanelBytes = kParts<T> * kTileBytes;
-  const int64_t steps = (keys + kStepDepth - 1) / kStepDepth, step_bytes = n / kPanel * kPanelBytes;
+  const int64_t steps = steps_of(keys), step_bytes = n / kPanel * kPanelBytes;
   alignas(64) char tiles[kSide / kTileRows * kParts<T> * (kTileKeys / kStepDepth) * kTileBytes];
   const TileRows<kParts<T>> weights{tiles, steps};
   for (int64_t i = 0; i < m; i += kSide) {
@@ -213,13 +213,13 @@ constexpr Kernels with_tiles(Kernels table) {
   table.pack_value_pairs[2] = pack_value_tiles<BFloat16>;
   table.copy_keys[2] = copy_keys<BFloat16>;
   table.dot_columns[2] = dot_tiled_columns<BFloat16>;
-  table.softmax_column_pairs[2] = softmax_strips<AsParts<BFloat16>>;
+  table.softmax_column_pairs[2] = softmax_columns<FastExp, AsParts<BFloat16>, 2>;
   table.add_column_pairs[2] = add_tiled_columns<BFloat16>;
   table.pack_key_pairs[1] = pack_query_tiles<Half>;
   table.pack_value_pairs[1] = pack_value_tiles<Half>;
   table.copy_keys[1] = copy_keys<Half>;
   table.dot_columns[1] = dot_tiled_columns<Half>;
-  table.softmax_column_pairs[1] = softmax_strips<AsParts<Half>>;
+  table.softmax_column_pairs[1] = softmax_columns<FastExp, AsParts<Half>, 2>;
   table.add_column_pairs[1] = add_tiled_columns<Half>;
   return table;
 }

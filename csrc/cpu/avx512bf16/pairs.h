@@ -15,35 +15,51 @@ inline void pack_key_pairs(const void* k, int64_t row_stride, const int32_t* ind
   pack_keys<float>(k, row_stride / 2, index, n, n_padded, head_dim / 2, static_cast<float*>(panels));
 }
 
-// Two rows of sixteen elements, one after the other, to pairs.
-alignas(64) static const uint16_t kInterleaved[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
-                                                      8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+// Two rows of values, sixteen columns at a time, to pairs, and whether all were finite.
+template <class T>
+class ValueRows;
 
-// Two rows at a time, whole: a row of each panel is 32 elements of the two, put in order by one permutation.
+template <>
+class ValueRows<BFloat16> {
+ public:
+  static __m256i whole(const BFloat16* x) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)); }
+  static __m256i part(const BFloat16* x, __mmask16 lanes) { return _mm256_maskz_loadu_epi16(lanes, x); }
+  void put(__m256i x, __m256i y, char* to) {
+    alignas(64) static const uint16_t kInterleaved[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                                          8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+    const __m512i both = _mm512_inserti64x4(_mm512_castsi256_si512(x), y, 1);
+    largest_ = _mm512_max_epu16(largest_, _mm512_and_si512(both, _mm512_set1_epi16(0x7fff)));
+    _mm512_storeu_si512(to, _mm512_permutexvar_epi16(_mm512_load_si512(kInterleaved), both));
+  }
+  bool finite() const {  // the least of what is not is an infinity, others are NaN
+    return _mm512_cmpge_epu16_mask(largest_, _mm512_set1_epi16(0x7f80)) == 0;
+  }
+
+ private:
+  __m512i largest_ = _mm512_setzero_si512();
+};
+
+// Packs two whole rows, whose panels are panel_bytes apart.
+template <class T>
+inline void put_rows(const T* x, const T* y, int64_t head_dim, int64_t panel_bytes, char* to, ValueRows<T>* rows) {
+  int64_t d = 0;
+  for (; d + kPanel <= head_dim; d += kPanel, to += panel_bytes) rows->put(rows->whole(x + d), rows->whole(y + d), to);
+  if (d == head_dim) return;
+  const __mmask16 lanes = static_cast<__mmask16>((1 << (head_dim - d)) - 1);
+  rows->put(rows->part(x + d, lanes), rows->part(y + d, lanes), to);
+}
+
 inline bool pack_value_pairs(const void* v, int64_t row_stride, const int32_t* index, int64_t n, int64_t n_padded,
                              int64_t head_dim, void* panels) {
-  const __m512i interleaved = _mm512_load_si512(kInterleaved), magnitude = _mm512_set1_epi16(0x7fff);
   const auto row = [&](int64_t r) {
     return r < n ? static_cast<const BFloat16*>(v) + index[r] * row_stride : no_row<BFloat16>();
   };
-  __m512i largest = _mm512_setzero_si512();
-  for (int64_t r = 0; r < n_padded; r += 2) {
-    const BFloat16 *first = row(r), *second = row(r + 1);
-    char* out = static_cast<char*>(panels) + r / 2 * sizeof(Wide);
-    const auto panel = [&](__m256i x, __m256i y) {
-      const __m512i both = _mm512_inserti64x4(_mm512_castsi256_si512(x), y, 1);
-      largest = _mm512_max_epu16(largest, _mm512_and_si512(both, magnitude));
-      _mm512_storeu_si512(out, _mm512_permutexvar_epi16(interleaved, both));
-      out += n_padded / 2 * sizeof(Wide);
-    };
-    int64_t d = 0;
-    for (; d + kPanel <= head_dim; d += kPanel) {
-      panel(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(first + d)),
-            _mm256_loadu_si256(reinterpret_cast<const __m256i*>(second + d)));
-    }
-    if (d < head_dim) panel(_mm256_maskz_loadu_epi16(0xff, first + d), _mm256_maskz_loadu_epi16(0xff, second + d));
+  ValueRows<BFloat16> rows;
+  char* to = static_cast<char*>(panels);
+  for (int64_t r = 0; r < n_padded; r += 2, to += sizeof(Wide)) {
+    put_rows(row(r), row(r + 1), head_dim, n_padded / 2 * static_cast<int64_t>(sizeof(Wide)), to, &rows);
   }
-  return _mm512_cmpge_epu16_mask(largest, _mm512_set1_epi16(0x7f80)) == 0;  // the least is an infinity, others are NaN
+  return rows.finite();
 }
 
 // Keys as they are stored, a pair at a time, by packed pairs of queries.

@@ -102,43 +102,70 @@ struct AsFloats {
   static void put(Wide p, float* at, float*) { store(at, p); }
 };
 
-template <class Exp, class As>
-inline void softmax_columns(float* s, int64_t lds, int64_t n, int64_t m, float scale, float* row_max, float* row_sum,
+// Of kVectors vectors of queries side by side.
+template <class Exp, class As, int kVectors>
+inline void softmax_vectors(float* s, int64_t lds, int64_t n, float scale, float* row_max, float* row_sum,
                             float* shrink) {
-  for (int64_t i = 0; i < m; i += kWide) {
-    float* column = s + i;
-    const Wide old_max = wide_load(row_max + i);
-    Wide peak = wide_set1(-kInfinity), peak1 = peak, peak2 = peak, peak3 = peak;
-    int64_t j = 0;
-    for (; j + 4 <= n; j += 4) {
-      const float* at = column + j * lds;
-      peak = max(wide_load(at), peak);
-      peak1 = max(wide_load(at + lds), peak1);
-      peak2 = max(wide_load(at + 2 * lds), peak2);
-      peak3 = max(wide_load(at + 3 * lds), peak3);
+  constexpr int kRows = 4 / kVectors;  // of keys at once: four chains of maxima
+  Wide peak[kRows][kVectors], shift[kVectors], sum[kVectors];
+#pragma GCC unroll 4
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 2
+    for (int v = 0; v < kVectors; ++v) peak[r][v] = wide_set1(-kInfinity);
+  }
+  int64_t j = 0;
+  for (; j + kRows <= n; j += kRows) {
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 2
+      for (int v = 0; v < kVectors; ++v) peak[r][v] = max(wide_load(s + (j + r) * lds + v * kWide), peak[r][v]);
     }
-    for (; j < n; ++j) peak = max(wide_load(column + j * lds), peak);
-    peak = max(mul(max(max(peak, peak1), max(peak2, peak3)), wide_set1(scale)), old_max);
+  }
+  for (; j < n; ++j) {
+#pragma GCC unroll 2
+    for (int v = 0; v < kVectors; ++v) peak[0][v] = max(wide_load(s + j * lds + v * kWide), peak[0][v]);
+  }
+#pragma GCC unroll 2
+  for (int v = 0; v < kVectors; ++v) {
+#pragma GCC unroll 4
+    for (int r = 1; r < kRows; ++r) peak[0][v] = max(peak[0][v], peak[r][v]);
+    const Wide old_max = wide_load(row_max + v * kWide), new_max = max(mul(peak[0][v], wide_set1(scale)), old_max);
     // A row without a key yet: exp(-inf - 0) = 0.
-    const Wide shift = select_less(wide_set1(-kInfinity), peak, peak, wide_zero());
-    const Wide factor = exp_nonpositive(sub(old_max, shift));
-    Wide sum = mul(wide_load(row_sum + i), factor);
-    const Exp exp(scale, shift);
-    for (j = 0; j + 2 <= n; j += 2) {
-      float *at = column + j * lds, *next_at = at + lds;
-      const Wide p = exp(wide_load(at)), next = exp(wide_load(next_at));
+    shift[v] = select_less(wide_set1(-kInfinity), new_max, new_max, wide_zero());
+    const Wide factor = exp_nonpositive(sub(old_max, shift[v]));
+    sum[v] = mul(wide_load(row_sum + v * kWide), factor);
+    store(row_max + v * kWide, new_max);
+    store(shrink + v * kWide, factor);
+  }
+  const Exp exp[2] = {{scale, shift[0]}, {scale, shift[kVectors - 1]}};
+  for (j = 0; j + 2 <= n; j += 2) {
+#pragma GCC unroll 2
+    for (int v = 0; v < kVectors; ++v) {
+      float *at = s + j * lds + v * kWide, *next_at = at + lds;
+      const Wide p = exp[v](wide_load(at)), next = exp[v](wide_load(next_at));
       As::put(p, next, at, next_at);
-      sum = add(sum, add(p, next));
+      sum[v] = add(sum[v], add(p, next));
     }
+  }
+#pragma GCC unroll 2
+  for (int v = 0; v < kVectors; ++v) {
     if (j < n) {
-      float* at = column + j * lds;
-      const Wide p = exp(wide_load(at));
+      float* at = s + j * lds + v * kWide;
+      const Wide p = exp[v](wide_load(at));
       As::put(p, at, at + lds);
-      sum = add(sum, p);
+      sum[v] = add(sum[v], p);
     }
-    store(row_max + i, peak);
-    store(row_sum + i, sum);
-    store(shrink + i, factor);
+    store(row_sum + v * kWide, sum[v]);
+  }
+}
+
+// Up to kVectors vectors of queries at a time.
+template <class Exp, class As, int kVectors = 1>
+void softmax_columns(float* s, int64_t lds, int64_t n, int64_t m, float scale, float* row_max, float* row_sum,
+                     float* shrink) {
+  for (int64_t i = 0; i < m; i += kVectors * kWide) {
+    const auto softmax = m - i < kVectors * kWide ? softmax_vectors<Exp, As, 1> : softmax_vectors<Exp, As, kVectors>;
+    softmax(s + i, lds, n, scale, row_max + i, row_sum + i, shrink + i);
   }
 }
 
