@@ -295,11 +295,16 @@ inline std::vector<std::pair<int64_t, int64_t>> runs_of(const std::vector<int64_
 }
 
 // out and lse of one query over a list of keys; keys that it may not see are left out.
-inline std::pair<Row, double> attend(const Array& q, const Array& k, const Array& v, int64_t b, int64_t h, int64_t i,
-                                     const std::vector<int64_t>& keys, const Softmax& softmax) {
+struct Attended {
+  Row out, magnitude;  // sum of p v, and of p |v|
+  double lse;
+};
+
+inline Attended attend(const Array& q, const Array& k, const Array& v, int64_t b, int64_t h, int64_t i,
+                       const std::vector<int64_t>& keys, const Softmax& softmax) {
   const int64_t kv = h / (q.dim(1) / k.dim(1)), p = k.dim(2) - q.dim(2) + i;
   const Row query = row_of(q, b, h, i);
-  Row out(q.dim(3), 0.0), logits;
+  Row out(q.dim(3), 0.0), magnitude(q.dim(3), 0.0), logits;
   std::vector<int64_t> seen;
   for (const int64_t j : keys) {
     if (j > p || (softmax.window > 0 && j <= p - softmax.window)) continue;
@@ -309,9 +314,13 @@ inline std::pair<Row, double> attend(const Array& q, const Array& k, const Array
   const double lse = log_sum_exp(logits);
   for (size_t n = 0; n < seen.size(); ++n) {
     const Row value = row_of(v, b, kv, seen[n]);
-    for (int64_t d = 0; d < q.dim(3); ++d) out[d] += std::exp(logits[n] - lse) * value[d];
+    for (int64_t d = 0; d < q.dim(3); ++d) {
+      const double term = std::exp(logits[n] - lse) * value[d];
+      out[d] += term;
+      magnitude[d] += std::abs(term);
+    }
   }
-  return {out, lse};
+  return {out, magnitude, lse};
 }
 
 }  // namespace dhsa::test
