@@ -211,17 +211,19 @@ void attend_tile_by_columns(const AttentionArgs& args, const Rows& rows, int64_t
   const int64_t head_dim = args.head_dim, padded_dim = round_up(head_dim, kMaxPanel);
   const int64_t m = rows.count(), columns = round_up(m, kMaxPanel);
   const bool pairs = uses_pairs(args), strips = pairs && kernels.pair_columns > 0;
-  const int64_t strip = strips ? kernels.pair_columns : columns, lds = strips ? strip : columns + kMaxPanel;
+  const bool few = columns <= kernels.few_columns[args.k.dtype];
+  const int64_t strip = strips && !few ? kernels.pair_columns : columns, lds = strips ? strip : columns + kMaxPanel;
   const KeyTile tile = key_tile(args, rows, n, scratch);
   const bool masked = hides_keys(args, rows, n, scratch);
   const bool scaled = args.softmax.softcap > 0.0f || args.softmax.scale <= 0.0f;  // before the softmax, not in it
   const float dot_scale = scaled ? args.softmax.scale : 1.0f, exp_scale = scaled ? 1.0f : args.softmax.scale;
   float* s = scratch.probs;
   bool finite = false;
-  if (const auto copy_keys = kernels.copy_keys[args.k.dtype]) copy_keys(tile, scratch.k_panels);
+  float* copies = few ? nullptr : scratch.k_panels;
+  if (kernels.copy_keys[args.k.dtype] && copies) kernels.copy_keys[args.k.dtype](tile, copies);
   for (int64_t first = 0; first < columns; first += strip) {
     const int64_t count = std::min(strip, columns - first), last = std::min(first + strip, m);
-    kernels.dot_columns[args.k.dtype](tile, scratch.k_panels, scratch.q, first, count, dot_scale, s, lds);
+    kernels.dot_columns[args.k.dtype](tile, copies, scratch.q, first, count, dot_scale, s, lds);
     if (first == 0) finite = pack_values(args, tile, pairs ? round_up(n, 2) : n, scratch.v_panels);
     if (args.softmax.softcap > 0.0f) {
       for (int64_t j = 0; j < n; ++j) kernels.softcap_row(s + j * lds, count, args.softmax.softcap);
@@ -247,18 +249,19 @@ void attend_tile_by_columns(const AttentionArgs& args, const Rows& rows, int64_t
   }
 }
 
-// Packs the rows' queries, by way of scratch.acc, and notes which keys each of them sees.
+// Packs the rows' queries, by way of scratch.acc if they are of several heads, and notes which keys each of them sees.
 void load_columns(const AttentionArgs& args, const Rows& rows, const AttentionScratch& scratch) {
   const int64_t m = rows.count(), columns = round_up(m, kMaxPanel);
   const int64_t p0 = args.seqlen_k - args.seqlen_q + rows.first_query;
-  if (uses_pairs(args)) {
-    copy_queries(args, rows, scratch.acc);
-    args.kernels->pack_key_pairs[args.q.dtype](scratch.acc, args.head_dim, nullptr, m, columns, args.head_dim,
-                                               scratch.q);
+  const bool pairs = uses_pairs(args), copied = rows.heads > 1;
+  if (copied) pairs ? copy_queries(args, rows, scratch.acc) : load_queries(args, rows, 1.0f, scratch.acc);
+  const void* q = copied ? static_cast<void*>(scratch.acc) : args.q.at(rows.b, rows.first_head, rows.first_query);
+  const int64_t stride = copied ? args.head_dim : args.q.row;
+  if (pairs) {
+    args.kernels->pack_key_pairs[args.q.dtype](q, stride, nullptr, m, columns, args.head_dim, scratch.q);
   } else {
-    load_queries(args, rows, 1.0f, scratch.acc);
-    args.kernels->pack_keys[static_cast<int>(DType::kFloat32)](scratch.acc, args.head_dim, nullptr, m, columns,
-                                                               args.head_dim, scratch.q);
+    const int type = copied ? static_cast<int>(DType::kFloat32) : args.q.dtype;
+    args.kernels->pack_keys[type](q, stride, nullptr, m, columns, args.head_dim, scratch.q);
   }
   for (int64_t r = 0, i = 0; r < columns; ++r, i = i + 1 < rows.queries ? i + 1 : 0) {
     const int64_t p = p0 + i;

@@ -110,10 +110,12 @@ struct Kernels {
   // Where begin_block is not null, dot_columns and add_column_pairs of types with pairs lie between it and end_block,
   // on one thread.
   int64_t pair_keys = kBlockN, pair_columns = 0;
+  // Up to so many columns of the type are one strip, whose keys dot_columns copies itself, a few at a time.
+  int64_t few_columns[3] = {};
   void (*begin_block)() = nullptr;
   void (*end_block)() = nullptr;
   // Keys as dot_columns wants them, copies[n][head_dim] floats with both rounded up to kPairStep; null for a type that
-  // it reads in place.
+  // it reads in place. Its copies are null where the columns are few.
   void (*copy_keys[3])(const KeyTile& keys, void* copies) = {};
   // s[n][0..m) = scale * k[index[n]] . q, of the packed queries from the first one on.
   void (*dot_columns[3])(const KeyTile& keys, const void* copies, const void* q_panels, int64_t first, int64_t m,

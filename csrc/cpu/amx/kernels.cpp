@@ -11,6 +11,8 @@
 #include "cpu/simd/gather.h"
 #include "cpu/simd/math.h"
 //
+#include "cpu/avx512/exp.h"
+//
 #include "cpu/simd/columns.h"
 //
 #include "cpu/avx512bf16/pairs.h"
@@ -18,8 +20,6 @@
 #include "cpu/amx/registers.h"
 //
 #include "cpu/amx/parts.h"
-//
-#include "cpu/amx/exp.h"
 //
 #include "cpu/amx/products.h"
 #include "cpu/simd/pooling.h"
@@ -30,6 +30,6 @@
 namespace dhsa::cpu {
 
 const Kernels kAmxKernels =
-    amx::with_tiles(amx::with_pairs(amx::with_wide_values(amx::with_columns(amx::make_table("amx")))));
+    amx::with_tiles(amx::with_pairs(amx::with_wide_rows(amx::with_columns(amx::make_table("amx")))));
 
 }  // namespace dhsa::cpu

@@ -73,12 +73,17 @@ TileRows<kParts<T>> key_tiles(const void* copies, int64_t head_dim) {
   return {static_cast<char*>(const_cast<void*>(copies)), steps_of(head_dim)};
 }
 
+// Keys from `first` on as rows from 0 on.
+template <class T>
+void copy_few_keys(const KeyTile& tile, int64_t first, int64_t n, TileRows<kParts<T>> to) {
+  for (int64_t r = 0; r < n; ++r) {
+    copy_row(static_cast<const T*>(tile.k) + tile.index[first + r] * tile.k_row, tile.head_dim, r, to);
+  }
+}
+
 template <class T>
 void copy_keys(const KeyTile& tile, void* copies) {
-  const TileRows<kParts<T>> keys = key_tiles<T>(copies, tile.head_dim);
-  for (int64_t r = 0; r < tile.n; ++r) {
-    copy_row(static_cast<const T*>(tile.k) + tile.index[r] * tile.k_row, tile.head_dim, r, keys);
-  }
+  copy_few_keys<T>(tile, 0, tile.n, key_tiles<T>(copies, tile.head_dim));
 }
 
 // Scores where some key or query is not finite, for which a number is no sum of parts: keys widened, queries put
@@ -104,24 +109,23 @@ inline __attribute__((noinline)) void dot_joined_columns(const KeyTile& tile, co
     for (int64_t j = 0; j < tile.n; j += kSide) {
       const int64_t n = tile.n - j < kSide ? tile.n - j : kSide;
       widen_rows(static_cast<const Half*>(tile.k), tile.k_row, tile.index + j, n, tile.head_dim, widened);
-      const ListedRows keys{widened, tile.head_dim, nullptr, {}, {}};
+      const ListedRows keys{widened, tile.head_dim, nullptr};
       gemm_columns<FloatProduct, Into::kScale>(n, tile.head_dim, keys, panel, kPanel, scale, s + j * lds + i, lds);
     }
   }
 }
 
-// A block's scores times scale; whether one is no number.
-inline __mmask16 scale_scores(float* s, int64_t lds, int64_t rows, int64_t columns, float scale) {
-  __mmask16 poison = 0;
-  for (int64_t r = 0; r < rows; ++r) {
-    for (int64_t i = 0; i < columns; i += kPanel) {
-      float* at = s + r * lds + i;
-      const Wide x = mul(wide_load(at), wide_set1(scale));
-      if (scale != 1.0f) store(at, x);
-      poison |= _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
-    }
-  }
-  return poison;
+inline void scale_scores(float* s, int64_t lds, int64_t n, int64_t m, float scale) {
+  for (int64_t j = 0; j < n; ++j) scale_row_wide(s + j * lds, m, scale);
+}
+
+// Whether all are numbers: a key with a NaN or an infinity has no other score, a query none with any key.
+inline bool scores_are_numbers(const float* s, int64_t lds, int64_t n, int64_t m) {
+  Wide sums[4] = {wide_load(s), wide_zero(), wide_zero(), wide_zero()};
+  for (int64_t j = 1; j < n; ++j) sums[j % 4] = add(sums[j % 4], wide_load(s + j * lds));
+  for (int64_t i = kPanel; i < m; i += kPanel) sums[0] = add(sums[0], wide_load(s + i));
+  const Wide sum = add(add(sums[0], sums[1]), add(sums[2], sums[3]));
+  return _mm512_cmp_ps_mask(sum, sum, _CMP_UNORD_Q) == 0;
 }
 
 template <class T>
@@ -131,15 +135,17 @@ void dot_tiled_columns(const KeyTile& tile, const void* copies, const void* q, i
   const TileRows<kCount> keys = key_tiles<T>(copies, tile.head_dim);
   const int64_t panel_bytes = keys.steps * kCount * kTileBytes;
   const char* queries = static_cast<const char*>(q) + first / kPanel * panel_bytes;
-  __mmask16 poison = 0;
+  alignas(64) char few_tiles[kCount * kSide * kMaxDepth * sizeof(T)];
+  const TileRows<kCount> few{few_tiles, keys.steps};
   for (int64_t j = 0; j < tile.n; j += kSide) {
     const int64_t rows = tile.n - j < kSide ? tile.n - j : kSide;
+    if (copies == nullptr) copy_few_keys<T>(tile, j, rows, few);
     for (int64_t i = 0; i < m; i += kSide) {
       const bool two_columns = m - i > kPanel;
       const int64_t columns = two_columns ? kSide : kPanel;
       const TileColumns right{queries + i / kPanel * panel_bytes, kCount * kTileBytes};
       const TileColumns next{right.tiles + panel_bytes, right.step_bytes};
-      const Block<kCount> block{keys, j, right, next, rows > kTileRows, two_columns};
+      const Block<kCount> block{copies ? keys : few, copies ? j : 0, right, next, rows > kTileRows, two_columns};
       float* out = s + j * lds + i;
       block.clear();
       block.add(keys.steps);
@@ -152,12 +158,14 @@ void dot_tiled_columns(const KeyTile& tile, const void* copies, const void* q, i
           for (int64_t c = 0; c < columns; c += kPanel) store(out + r * lds + c, wide_load(sums + r * kSide + c));
         }
       }
-      if (kCount == 2 || scale != 1.0f) poison |= scale_scores(out, lds, rows, columns, scale);
     }
   }
   if constexpr (kCount == 2) {
-    if (poison != 0) dot_joined_columns(tile, reinterpret_cast<const float*>(queries), m, scale, s, lds);
+    if (!scores_are_numbers(s, lds, tile.n, m)) {
+      return dot_joined_columns(tile, reinterpret_cast<const float*>(queries), m, scale, s, lds);
+    }
   }
+  if (scale != 1.0f) scale_scores(s, lds, tile.n, m, scale);
 }
 
 template <class T>
@@ -207,6 +215,7 @@ void add_tiled_columns(const float* p, int64_t ldp, int64_t keys, const void* v,
 constexpr Kernels with_tiles(Kernels table) {
   table.pair_keys = kTileKeys;
   table.pair_columns = kSide;
+  table.few_columns[2] = 2 * kSide;
   table.begin_block = begin_tiles;
   table.end_block = end_tiles;
   table.pack_key_pairs[2] = pack_query_tiles<BFloat16>;

@@ -10,6 +10,8 @@
 #include "cpu/simd/gather.h"
 #include "cpu/simd/math.h"
 //
+#include "cpu/avx2/exp.h"
+//
 #include "cpu/simd/columns.h"
 #include "cpu/simd/pooling.h"
 #include "cpu/simd/rows.h"

@@ -11,6 +11,8 @@
 #include "cpu/simd/gather.h"
 #include "cpu/simd/math.h"
 //
+#include "cpu/avx512/exp.h"
+//
 #include "cpu/simd/columns.h"
 #include "cpu/simd/pooling.h"
 #include "cpu/simd/rows.h"
@@ -19,6 +21,6 @@
 
 namespace dhsa::cpu {
 
-const Kernels kAvx512Kernels = avx512::with_wide_values(avx512::with_columns(avx512::make_table("avx512")));
+const Kernels kAvx512Kernels = avx512::with_wide_rows(avx512::with_columns(avx512::make_table("avx512")));
 
 }  // namespace dhsa::cpu

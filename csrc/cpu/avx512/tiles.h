@@ -160,7 +160,15 @@ inline void gemm_all_rows(int64_t m, int64_t k, const Left& left, const float* b
   for (; r < m; ++r) gemm_rows<Product, kInto, 1, kTwo>(k, left.template rows<1>(r), b, scale, c + r * ldc, ldc);
 }
 
-constexpr Kernels with_wide_values(Kernels table) {
+inline void scale_row_wide(float* x, int64_t n, float factor) {
+  const Wide f = _mm512_set1_ps(factor);
+  int64_t d = 0;
+  for (; d + kWide <= n; d += kWide) _mm512_storeu_ps(x + d, _mm512_mul_ps(_mm512_loadu_ps(x + d), f));
+  if (d < n) store(x + d, mul(load(x + d), set1(factor)));
+}
+
+constexpr Kernels with_wide_rows(Kernels table) {
+  table.scale_row = scale_row_wide;
   table.pack_values[0] = pack_values_wide<float>;
   table.pack_values[1] = pack_values_wide<Half>;
   table.pack_values[2] = pack_values_wide<BFloat16>;
@@ -168,6 +176,8 @@ constexpr Kernels with_wide_values(Kernels table) {
 }
 
 constexpr int64_t kTileColumns = 2 * kPanel;
+constexpr int64_t kGroupColumns = 64, kGroupRows = 8;  // of dot_listed
+constexpr int kAskedInto = 2;                          // the second-level cache
 
 template <class Product, Into kInto, class Left>
 inline void gemm_columns(int64_t m, int64_t k, const Left& left, const float* b, int64_t columns, float scale, float* c,

@@ -11,6 +11,8 @@
 #include "cpu/simd/gather.h"
 #include "cpu/simd/math.h"
 //
+#include "cpu/avx512/exp.h"
+//
 #include "cpu/simd/columns.h"
 //
 #include "cpu/avx512bf16/pairs.h"
@@ -21,7 +23,7 @@
 
 namespace dhsa::cpu {
 
-const Kernels kAvx512bf16Kernels = avx512bf16::with_pairs(
-    avx512bf16::with_wide_values(avx512bf16::with_columns(avx512bf16::make_table("avx512bf16"))));
+const Kernels kAvx512bf16Kernels =
+    avx512bf16::with_pairs(avx512bf16::with_wide_rows(avx512bf16::with_columns(avx512bf16::make_table("avx512bf16"))));
 
 }  // namespace dhsa::cpu
