@@ -15,6 +15,8 @@
 //
 #include "cpu/simd/columns.h"
 //
+#include "cpu/avx512/few_rows.h"
+//
 #include "cpu/avx512bf16/pairs.h"
 //
 #include "cpu/amx/registers.h"
@@ -29,7 +31,7 @@
 
 namespace dhsa::cpu {
 
-const Kernels kAmxKernels =
-    amx::with_tiles(amx::with_pairs(amx::with_wide_rows(amx::with_columns(amx::make_table("amx")))));
+const Kernels kAmxKernels = amx::with_tiles(
+    amx::with_pairs(amx::with_few_rows(amx::with_wide_rows(amx::with_columns(amx::make_table("amx"))))));
 
 }  // namespace dhsa::cpu

@@ -14,6 +14,8 @@
 #include "cpu/avx512/exp.h"
 //
 #include "cpu/simd/columns.h"
+//
+#include "cpu/avx512/few_rows.h"
 #include "cpu/simd/pooling.h"
 #include "cpu/simd/rows.h"
 #include "cpu/simd/softmax.h"
@@ -21,6 +23,7 @@
 
 namespace dhsa::cpu {
 
-const Kernels kAvx512Kernels = avx512::with_wide_rows(avx512::with_columns(avx512::make_table("avx512")));
+const Kernels kAvx512Kernels =
+    avx512::with_few_rows(avx512::with_wide_rows(avx512::with_columns(avx512::make_table("avx512"))));
 
 }  // namespace dhsa::cpu

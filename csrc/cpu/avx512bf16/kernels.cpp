@@ -15,6 +15,8 @@
 //
 #include "cpu/simd/columns.h"
 //
+#include "cpu/avx512/few_rows.h"
+//
 #include "cpu/avx512bf16/pairs.h"
 #include "cpu/simd/pooling.h"
 #include "cpu/simd/rows.h"
@@ -23,7 +25,7 @@
 
 namespace dhsa::cpu {
 
-const Kernels kAvx512bf16Kernels =
-    avx512bf16::with_pairs(avx512bf16::with_wide_rows(avx512bf16::with_columns(avx512bf16::make_table("avx512bf16"))));
+const Kernels kAvx512bf16Kernels = avx512bf16::with_pairs(avx512bf16::with_few_rows(
+    avx512bf16::with_wide_rows(avx512bf16::with_columns(avx512bf16::make_table("avx512bf16")))));
 
 }  // namespace dhsa::cpu
