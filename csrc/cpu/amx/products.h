@@ -109,7 +109,7 @@ inline __attribute__((noinline)) void dot_joined_columns(const KeyTile& tile, co
     for (int64_t j = 0; j < tile.n; j += kSide) {
       const int64_t n = tile.n - j < kSide ? tile.n - j : kSide;
       widen_rows(static_cast<const Half*>(tile.k), tile.k_row, tile.index + j, n, tile.head_dim, widened);
-      const ListedRows keys{widened, tile.head_dim, nullptr};
+      const ListedRows keys{widened, tile.head_dim, nullptr, {}, {}};
       gemm_columns<FloatProduct, Into::kScale>(n, tile.head_dim, keys, panel, kPanel, scale, s + j * lds + i, lds);
     }
   }

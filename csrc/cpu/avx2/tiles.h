@@ -104,9 +104,8 @@ inline void gemm_few_rows(int64_t count, int64_t k, const Left& left, int64_t r,
   }
 }
 
-constexpr int64_t kTileColumns = kPanel;                          // gemm_columns takes as many columns of b at once
-constexpr int64_t kGroupColumns = kTileColumns, kGroupRows = 24;  // of dot_listed
-constexpr int kAskedInto = 3;                                     // the first-level cache
+constexpr int64_t kTileColumns = kPanel;  // gemm_columns takes as many columns of b at once
+constexpr int64_t kGroupColumns = kTileColumns, kGroupKeys = kBlockN;
 
 // The last rows are two tiles of like height: 64 end with five and five, since the eight chains of four rows would just
 // fill two multipliers of four cycles.

@@ -176,8 +176,7 @@ constexpr Kernels with_wide_rows(Kernels table) {
 }
 
 constexpr int64_t kTileColumns = 2 * kPanel;
-constexpr int64_t kGroupColumns = 64, kGroupRows = 8;  // of dot_listed
-constexpr int kAskedInto = 2;                          // the second-level cache
+constexpr int64_t kGroupColumns = 64, kGroupKeys = 8;  // which the first-level cache holds
 
 template <class Product, Into kInto, class Left>
 inline void gemm_columns(int64_t m, int64_t k, const Left& left, const float* b, int64_t columns, float scale, float* c,

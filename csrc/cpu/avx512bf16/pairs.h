@@ -65,10 +65,10 @@ inline bool pack_value_pairs(const void* v, int64_t row_stride, const int32_t* i
 // Keys as they are stored, a pair at a time, by packed pairs of queries.
 inline void dot_column_pairs(const KeyTile& tile, const void*, const void* q, int64_t first, int64_t m, float scale,
                              float* s, int64_t lds) {
-  const ListedRows keys{static_cast<const float*>(tile.k), tile.k_row / 2, tile.index};
+  const ListedRows keys{static_cast<const float*>(tile.k), tile.k_row / 2, tile.index,
+                        ahead<BFloat16>(tile.k, tile.k_row, tile), ahead<BFloat16>(tile.v, tile.v_row, tile)};
   const int64_t pairs = tile.head_dim / 2;
-  dot_listed<PairProduct>(keys, ahead<BFloat16>(tile.k, tile.k_row, tile), ahead<BFloat16>(tile.v, tile.v_row, tile),
-                          tile.n, pairs, static_cast<const float*>(q) + first * pairs, m, scale, s, lds);
+  dot_listed<PairProduct>(keys, tile.n, pairs, static_cast<const float*>(q) + first * pairs, m, scale, s, lds);
 }
 
 inline __m512i round_bits(Wide p) { return _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(p)); }

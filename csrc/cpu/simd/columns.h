@@ -25,21 +25,22 @@ inline void gemm(int64_t m, int64_t k, const float* a, int64_t lda, const float*
   }
 }
 
-// Scores of `depth` float32, or pairs, of each key. kGroupRows keys at a time, which the first-level cache holds, meet
-// the columns of a group. The next ones are asked for beside the first group, their values beside the last.
+// Scores of `depth` float32, or pairs, of each key. kGroupKeys keys at a time meet kGroupColumns columns. The keys are
+// asked for while the first columns are worked on, their values during the last.
 template <class Product>
-inline void dot_listed(const ListedRows& keys, Ahead next, Ahead values, int64_t n, int64_t depth, const float* q,
-                       int64_t m, float scale, float* s, int64_t lds) {
+inline void dot_listed(const ListedRows& keys, int64_t n, int64_t depth, const float* q, int64_t m, float scale,
+                       float* s, int64_t lds) {
   for (int64_t first = 0; first < m; first += kGroupColumns) {
     const int64_t last = first + kGroupColumns < m ? first + kGroupColumns : m;
-    for (int64_t j = 0; j < n; j += kGroupRows) {
-      const int64_t rows = n - j < kGroupRows ? n - j : kGroupRows;
-      if (first == 0) next.ask<kAskedInto>(j + kGroupRows, kGroupRows);
-      if (last == m) values.ask<kAskedInto>(j, kGroupRows);
-      for (int64_t i = first; i < last; i += kTileColumns) {
+    for (int64_t j = 0; j < n; j += kGroupKeys) {
+      const int64_t rows = n - j < kGroupKeys ? n - j : kGroupKeys;
+      ListedRows group = keys.from(j);
+      const Ahead values = group.values;
+      if (first > 0) group.keys.n = 0;
+      for (int64_t i = first; i < last; i += kTileColumns, group.keys.n = 0) {
         const int64_t columns = last - i < kTileColumns ? last - i : kTileColumns;
-        gemm_columns<Product, Into::kScale>(rows, depth, keys.from(j), q + i * depth, columns, scale, s + j * lds + i,
-                                            lds);
+        group.values.n = i + columns == m ? values.n : 0;
+        gemm_columns<Product, Into::kScale>(rows, depth, group, q + i * depth, columns, scale, s + j * lds + i, lds);
       }
     }
   }
@@ -70,14 +71,13 @@ void widen_keys(const KeyTile& tile, void* copies) {
 template <class T>
 void dot_columns(const KeyTile& tile, const void* copies, const void* q, int64_t first, int64_t m, float scale,
                  float* s, int64_t lds) {
-  ListedRows keys{static_cast<const float*>(copies), tile.head_dim, nullptr};
-  Ahead next{};
+  const Ahead values = ahead<T>(tile.v, tile.v_row, tile);
+  ListedRows keys{static_cast<const float*>(copies), tile.head_dim, nullptr, {}, values};
   if constexpr (sizeof(T) == sizeof(float)) {
-    keys = {static_cast<const float*>(tile.k), tile.k_row, tile.index};
-    next = ahead<T>(tile.k, tile.k_row, tile);
+    keys = {static_cast<const float*>(tile.k), tile.k_row, tile.index, ahead<T>(tile.k, tile.k_row, tile), values};
   }
-  dot_listed<FloatProduct>(keys, next, ahead<T>(tile.v, tile.v_row, tile), tile.n, tile.head_dim,
-                           static_cast<const float*>(q) + first * tile.head_dim, m, scale, s, lds);
+  dot_listed<FloatProduct>(keys, tile.n, tile.head_dim, static_cast<const float*>(q) + first * tile.head_dim, m, scale,
+                           s, lds);
 }
 
 inline void mask_columns(float* s, int64_t lds, const int32_t* index, int64_t n, const int32_t* low,

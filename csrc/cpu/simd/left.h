@@ -57,28 +57,33 @@ struct Ahead {
   const int32_t* index;
   int64_t n;
 
-  template <int kLocality>
+  Ahead from(int64_t first) const { return {rows, row_bytes, bytes, index + first, n - first}; }
   void ask(int64_t first, int64_t count) const {
     const int64_t end = first + count < n ? first + count : n;
     for (int64_t r = first; r < end; ++r) {
-      for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(rows + index[r] * row_bytes + at, 0, kLocality);
+      for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(rows + index[r] * row_bytes + at, 0, kAskedInto);
     }
   }
 };
 
-// Rows of a list (index null: one after the other): keys of a cache.
+// Rows of a list (index null: one after the other): keys of a cache. While a tile's rows are worked on, `keys` of the
+// next tile and `values` of this one are asked for.
 struct ListedRows {
   const float* a;
   int64_t stride;
   const int32_t* index;
+  Ahead keys, values;
 
   ListedRows from(int64_t first) const {
-    return index ? ListedRows{a, stride, index + first} : ListedRows{a + first * stride, stride, nullptr};
+    return {index ? a : a + first * stride, stride, index ? index + first : nullptr, keys.from(first),
+            values.from(first)};
   }
   template <int kRows>
   RowPointers<kRows> rows(int64_t first) const {
     RowPointers<kRows> pointers;
     for (int r = 0; r < kRows; ++r) pointers.row[r] = a + (index ? index[first + r] : first + r) * stride;
+    keys.ask(first + kRows, kRows);
+    values.ask(first, kRows);
     return pointers;
   }
 };
