@@ -111,14 +111,14 @@ class ValueRows<Half> {
   static Wide part(const Half* x, __mmask16 lanes) { return load_wide(x, lanes); }
   void put(Wide x, Wide y, char* to) {
     const Wide x_lower = part_of<Part::kLower>(x), y_lower = part_of<Part::kLower>(y);
-    poison_ |= _mm512_cmp_ps_mask(x_lower, y_lower, _CMP_UNORD_Q);  // an infinity's is NaN too
+    poison_ = fma(x_lower, y_lower, poison_);  // an infinity's is NaN too; others' are below 2^8
     _mm512_store_ps(to, pairs_of<Part::kUpper>(x, y));
     _mm512_store_ps(to + kTileBytes, pairs_of<Part::kUpper>(x_lower, y_lower));
   }
-  bool finite() const { return poison_ == 0; }
+  bool finite() const { return _mm512_cmp_ps_mask(poison_, poison_, _CMP_UNORD_Q) == 0; }
 
  private:
-  __mmask16 poison_ = 0;
+  Wide poison_ = wide_zero();
 };
 
 // Values as a right factor, [step][panel][part] tiles: panels of a row lie 1 or 2 KiB apart, not in one set of the
