@@ -33,7 +33,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
 SCRATCH = ROOT / "build" / "bench"  # of --tiny runs, whose times are no results
 GRAPH_MS = 5.0  # the shortest replay that is timed
-WARMED_MS = 50.0  # on a CPU, runs shorter than this are timed with warm caches
+WARMED_MS = 1000.0  # on a CPU, runs shorter than this are timed with warm caches
 SLOW_MS = 5000.0  # a first call that took so long is not repeated to estimate the next
 SETTLED = 30  # rounds after which more would not move a median
 

@@ -3,16 +3,14 @@
 
 #include <pthread.h>
 
-#include <algorithm>
-#include <atomic>
 #include <condition_variable>
 #include <cstdint>
-#include <exception>
 #include <functional>
 #include <mutex>
 #include <system_error>
 #include <thread>
 
+#include "core/deal_items.h"
 #include "dhsa.h"
 
 namespace dhsa::adapter {
@@ -76,8 +74,6 @@ class ThreadPool {
   int started_ = 0;  // guarded by turn_
 };
 
-// Items go to whichever worker is free, in rising order, so that costs which grow along them (the causal triangle)
-// balance. An item's result does not depend on its worker.
 class PoolExecutor final : public cpu::Executor {
  public:
   explicit PoolExecutor(int threads) : threads_(threads) {}
@@ -85,23 +81,7 @@ class PoolExecutor final : public cpu::Executor {
   int workers() const override { return threads_; }
 
   void run(int64_t count, const std::function<void(int64_t, int)>& task) const override {
-    const int parts = static_cast<int>(std::min<int64_t>(threads_, count));
-    if (parts <= 1) {
-      for (int64_t item = 0; item < count; ++item) task(item, 0);
-      return;
-    }
-    std::atomic<int64_t> next{0};
-    std::exception_ptr error;
-    std::mutex error_mutex;
-    ThreadPool::get().run(parts, [&](int worker) {
-      try {
-        for (int64_t item; (item = next.fetch_add(1)) < count;) task(item, worker);
-      } catch (...) {
-        const std::lock_guard<std::mutex> lock(error_mutex);
-        error = std::current_exception();
-      }
-    });
-    if (error) std::rethrow_exception(error);
+    deal_items(count, workers(), task, [](int parts, const auto& work) { ThreadPool::get().run(parts, work); });
   }
 
  private:

@@ -1,8 +1,7 @@
 // The ops on CPU tensors: torch's threads, torch's memory, the core's kernels. The schemas are dhsa_ext/ops.py's.
 #include <algorithm>
-#include <exception>
-#include <mutex>
 
+#include "core/deal_items.h"
 #include "torch/ops.h"
 
 namespace dhsa::adapter {
@@ -12,27 +11,12 @@ class TorchExecutor final : public cpu::Executor {
  public:
   int workers() const override { return std::max(1, static_cast<int>(torch::stable::get_num_threads())); }
 
-  // One range per worker, the items dealt by the ranges' order: worker w takes items w, w + workers, ... so that a cost
-  // which grows along the items (the causal triangle) is shared evenly.
   void run(int64_t count, const std::function<void(int64_t, int)>& task) const override {
-    const int64_t parts = std::min<int64_t>(workers(), count);
-    if (parts <= 1) {
-      for (int64_t item = 0; item < count; ++item) task(item, 0);
-      return;
-    }
-    std::exception_ptr error;  // exceptions must not cross torch's C interface
-    std::mutex error_mutex;
-    torch::stable::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
-      try {
-        for (int64_t part = begin; part < end; ++part) {
-          for (int64_t item = part; item < count; item += parts) task(item, static_cast<int>(part));
-        }
-      } catch (...) {
-        const std::lock_guard<std::mutex> lock(error_mutex);
-        error = std::current_exception();
-      }
+    deal_items(count, workers(), task, [](int64_t parts, const auto& work) {
+      torch::stable::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
+        for (int64_t part = begin; part < end; ++part) work(static_cast<int>(part));
+      });
     });
-    if (error) std::rethrow_exception(error);
   }
 };
 
