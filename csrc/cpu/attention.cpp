@@ -232,9 +232,12 @@ void attend_tile_by_columns(const AttentionArgs& args, const Rows& rows, int64_t
     const bool key_by_key = (masked || pairs) && !finite;  // a probability may round to 0, which an infinity would not
     const auto softmax = pairs && !key_by_key ? kernels.softmax_column_pairs[args.v.dtype] : kernels.softmax_columns;
     softmax(s, lds, n, count, exp_scale, scratch.row_max + first, scratch.row_sum + first, scratch.shrink + first);
-    for (int64_t r = first; r < last; ++r) {
+    const float* shrink = scratch.shrink;
+    const bool shrinks = std::any_of(shrink + first, shrink + last, [](float factor) { return factor != 1.0f; });
+    const bool by_row = key_by_key || (pairs && shrinks);  // add_columns shrinks what it adds to
+    for (int64_t r = first; by_row && r < last; ++r) {
       float* acc = scratch.acc + r * padded_dim;
-      if (scratch.shrink[r] != 1.0f) kernels.scale_row(acc, padded_dim, scratch.shrink[r]);
+      if (shrink[r] != 1.0f) kernels.scale_row(acc, padded_dim, shrink[r]);
       if (key_by_key) {
         add_seen_values(args, rows, s + r - first, lds, n, scratch.low[r], scratch.high[r], acc, scratch);
       }
@@ -244,7 +247,8 @@ void attend_tile_by_columns(const AttentionArgs& args, const Rows& rows, int64_t
     if (pairs) {
       kernels.add_column_pairs[args.v.dtype](s, lds, n, scratch.v_panels, padded_dim, last - first, acc, padded_dim);
     } else {
-      kernels.add_columns(s, lds, n, scratch.v_panels, padded_dim, last - first, acc, padded_dim);
+      kernels.add_columns(s, lds, n, scratch.v_panels, padded_dim, last - first, shrinks ? shrink + first : nullptr,
+                          acc, padded_dim);
     }
   }
 }

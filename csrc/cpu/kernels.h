@@ -126,10 +126,11 @@ struct Kernels {
   // softmax_row of each column of scale * s; shrink[m] is its factor. scale > 0.
   void (*softmax_columns)(float* s, int64_t lds, int64_t n, int64_t m, float scale, float* row_max, float* row_sum,
                           float* shrink) = nullptr;
-  // c[m][n] += sum over keys of p[key][m] * v[key][n], of n / panel value panels. Here m is any number of rows.
-  void (*add_columns)(const float* p, int64_t ldp, int64_t keys, const float* v_panels, int64_t n, int64_t m, float* c,
-                      int64_t ldc) = nullptr;
-  // The last two for value pairs that are finite: probabilities rounded to the type, a key's and the next one's where
+  // c[m][n] = shrink[m] * c[m][n] + sum over keys of p[key][m] * v[key][n], of n / panel value panels; shrink null: 1.
+  // Here m is any number of rows.
+  void (*add_columns)(const float* p, int64_t ldp, int64_t keys, const float* v_panels, int64_t n, int64_t m,
+                      const float* shrink, float* c, int64_t ldc) = nullptr;
+  // The last two, without shrink, for value pairs that are finite: probabilities rounded to the type, a key's and the next one's where
   // both were, in an order that only the ISA's own products know. After an odd number of keys s has one more row.
   void (*softmax_column_pairs[3])(float* s, int64_t lds, int64_t n, int64_t m, float scale, float* row_max,
                                   float* row_sum, float* shrink) = {};

@@ -272,7 +272,9 @@ TEST(Kernels, scores_by_key_and_their_values) {
           const cpu::KeyTile tile{k.tensor.data, v.tensor.data, head_dim, head_dim, index.data(), n, head_dim};
           if (between) kernels.begin_block();
           if (kernels.copy_keys[type] != nullptr) kernels.copy_keys[type](tile, copies.data());
-          kernels.dot_columns[type](tile, copies.data(), q_panels.data(), 0, columns, scale, s.data(), lds);
+          const bool few = columns <= kernels.few_columns[type] && draw(0, 1) == 0;
+          kernels.dot_columns[type](tile, few ? nullptr : copies.data(), q_panels.data(), 0, columns, scale, s.data(),
+                                    lds);
           for (int64_t j = 0; j < n; ++j) {
             for (int64_t i = 0; i < rows; ++i) {
               double sum = 0;
@@ -281,6 +283,7 @@ TEST(Kernels, scores_by_key_and_their_values) {
             }
           }
 
+          std::vector<float> factors(rows, 1.0f);
           std::vector<double> p(n * lds);
           std::fill_n(out.data(), rows * width, 5.0f);
           if (pairs) {
@@ -301,13 +304,16 @@ TEST(Kernels, scores_by_key_and_their_values) {
           } else {
             for (int64_t i = 0; i < n * lds; ++i) s.data()[i] = static_cast<float>(p[i] = draw(0, 8));
             EXPECT_TRUE(kernels.pack_values[type](tile.v, head_dim, index.data(), n, n, head_dim, v_panels.data()));
-            kernels.add_columns(s.data(), lds, n, v_panels.data(), width, rows, out.data(), width);
+            const bool shrinks = draw(0, 2) > 0;
+            for (float& factor : factors) factor = shrinks ? static_cast<float>(draw(0, 4)) / 4 : 1.0f;
+            kernels.add_columns(s.data(), lds, n, v_panels.data(), width, rows, shrinks ? factors.data() : nullptr,
+                                out.data(), width);
           }
           if (between) kernels.end_block();
           const double rounding = exact || !pairs ? 0.0 : dtype == DType::kBFloat16 ? 0x1p-8 : 0x1p-14;
           for (int64_t i = 0; i < rows; ++i) {
             for (int64_t d = 0; d < head_dim; ++d) {
-              double sum = 5, size = 5;
+              double sum = 5 * factors[i], size = 5;
               for (int64_t j = 0; j < n; ++j) {
                 const double x = p[j * lds + i] * v.at({0, 0, index.data()[j], d});
                 sum += x;

@@ -60,6 +60,11 @@ __attribute__((noinline)) void gemm_rows(int64_t k, const Rows& a, const float* 
     low = load(c + r * ldc);      \
     high = load(c + r * ldc + 8); \
   }
+#define DHSA_SHRINK(r, low, high)         \
+  if (kRows > r) {                        \
+    low = mul(low, set1(a.factors[r]));   \
+    high = mul(high, set1(a.factors[r])); \
+  }
 #define DHSA_PRODUCT(r, low, high)                 \
   if (kRows > r) {                                 \
     const Vec x = _mm256_broadcast_ss(a.at(r, i)); \
@@ -78,6 +83,9 @@ __attribute__((noinline)) void gemm_rows(int64_t k, const Rows& a, const float* 
   }
   if (kInto == Into::kAdd) {
     DHSA_ROWS(DHSA_LOAD)
+    if (a.factors != nullptr) {
+      DHSA_ROWS(DHSA_SHRINK)
+    }
   }
   for (int64_t i = 0; i < k; ++i) {
     const Vec b0 = load(b + i * kPanel), b1 = load(b + i * kPanel + 8);
@@ -89,6 +97,7 @@ __attribute__((noinline)) void gemm_rows(int64_t k, const Rows& a, const float* 
   DHSA_ROWS(DHSA_STORE)
 #undef DHSA_ROWS
 #undef DHSA_LOAD
+#undef DHSA_SHRINK
 #undef DHSA_PRODUCT
 #undef DHSA_SCALE
 #undef DHSA_STORE

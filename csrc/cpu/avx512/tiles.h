@@ -111,6 +111,9 @@ __attribute__((noinline)) void gemm_rows(int64_t k, const Rows& a, const float* 
 #define DHSA_LOAD(r, low, high)                      \
   if (kRows > r) low = _mm512_loadu_ps(c + r * ldc); \
   if (DHSA_HIGH(r)) high = _mm512_loadu_ps(kTwo ? c + r * ldc + kPanel : c + (8 + r) * ldc);
+#define DHSA_SHRINK(r, low, high)                                        \
+  if (kRows > r) low = _mm512_mul_ps(low, _mm512_set1_ps(a.factors[r])); \
+  if (DHSA_HIGH(r)) high = _mm512_mul_ps(high, _mm512_set1_ps(a.factors[kTwo ? r : 8 + r]));
 #define DHSA_PRODUCT(r, low, high)                                                                    \
   if (kRows > r) {                                                                                    \
     const Wide x = _mm512_set1_ps(*a.at(r, i));                                                       \
@@ -125,6 +128,9 @@ __attribute__((noinline)) void gemm_rows(int64_t k, const Rows& a, const float* 
   if (DHSA_HIGH(r)) _mm512_storeu_ps(kTwo ? c + r * ldc + kPanel : c + (8 + r) * ldc, high);
   if (kInto == Into::kAdd) {
     DHSA_ROWS(DHSA_LOAD)
+    if (a.factors != nullptr) {
+      DHSA_ROWS(DHSA_SHRINK)
+    }
   }
   const float* next = b + (kTwo ? k * kPanel : 0);
   for (int64_t i = 0; i < k; ++i) {
@@ -138,6 +144,7 @@ __attribute__((noinline)) void gemm_rows(int64_t k, const Rows& a, const float* 
 #undef DHSA_HIGH
 #undef DHSA_ROWS
 #undef DHSA_LOAD
+#undef DHSA_SHRINK
 #undef DHSA_PRODUCT
 #undef DHSA_SCALE
 #undef DHSA_STORE

@@ -82,8 +82,8 @@ struct AsPairs {
 
 inline void add_column_pairs(const float* p, int64_t ldp, int64_t keys, const void* v, int64_t n, int64_t m, float* c,
                              int64_t ldc) {
-  gemm_all<PairProduct, Into::kAdd>(m, (keys + 1) / 2, ColumnMajor{p, 2 * ldp}, static_cast<const float*>(v), n, 1.0f,
-                                    c, ldc);
+  gemm_all<PairProduct, Into::kAdd>(m, (keys + 1) / 2, ColumnMajor{p, 2 * ldp, nullptr}, static_cast<const float*>(v),
+                                    n, 1.0f, c, ldc);
 }
 
 // store_row by the instruction that rounds, to which what is below 2^-126 is 0.

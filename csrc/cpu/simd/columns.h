@@ -166,9 +166,9 @@ void softmax_columns(float* s, int64_t lds, int64_t n, int64_t m, float scale, f
   }
 }
 
-inline void add_columns(const float* p, int64_t ldp, int64_t keys, const float* v, int64_t n, int64_t m, float* c,
-                        int64_t ldc) {
-  gemm_all<FloatProduct, Into::kAdd>(m, keys, ColumnMajor{p, ldp}, v, n, 1.0f, c, ldc);
+inline void add_columns(const float* p, int64_t ldp, int64_t keys, const float* v, int64_t n, int64_t m,
+                        const float* shrink, float* c, int64_t ldc) {
+  gemm_all<FloatProduct, Into::kAdd>(m, keys, ColumnMajor{p, ldp, shrink}, v, n, 1.0f, c, ldc);
 }
 
 constexpr Kernels with_columns(Kernels table) {

@@ -6,6 +6,7 @@ namespace dhsa::cpu::DHSA_ISA {
 
 template <int kRows>
 struct RowPointers {
+  static constexpr const float* factors = nullptr;  // of the rows of c that are added to; null: 1
   const float* row[kRows];
 
   const float* at(int64_t r, int64_t i) const { return row[r] + i; }
@@ -13,6 +14,7 @@ struct RowPointers {
 
 // Four pointers reach sixteen rows, for which there are no registers.
 struct RowQuads {
+  static constexpr const float* factors = nullptr;
   const float *quad0, *quad1, *quad2, *quad3;
   int64_t lda;
 
@@ -42,10 +44,11 @@ struct RowMajor {
 struct ColumnMajor {
   const float* a;
   int64_t lda;
+  const float* factors;
 
   template <int kRows>
   ColumnMajor rows(int64_t first) const {
-    return {a + first, lda};
+    return {a + first, lda, factors ? factors + first : nullptr};
   }
   const float* at(int64_t r, int64_t i) const { return a + i * lda + r; }
 };
@@ -88,7 +91,7 @@ struct ListedRows {
   }
 };
 
-// c = sum, c += sum, c = scale * sum.
+// c = sum, c = factor * c + sum, c = scale * sum.
 enum class Into { kSet, kAdd, kScale };
 
 }  // namespace dhsa::cpu::DHSA_ISA
