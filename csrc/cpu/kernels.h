@@ -130,8 +130,9 @@ struct Kernels {
   // Here m is any number of rows.
   void (*add_columns)(const float* p, int64_t ldp, int64_t keys, const float* v_panels, int64_t n, int64_t m,
                       const float* shrink, float* c, int64_t ldc) = nullptr;
-  // The last two, without shrink, for value pairs that are finite: probabilities rounded to the type, a key's and the next one's where
-  // both were, in an order that only the ISA's own products know. After an odd number of keys s has one more row.
+  // The last two, without shrink, for value pairs that are finite: probabilities rounded to the type, a key's and the
+  // next one's where both were, in an order that only the ISA's own products know. After an odd number of keys s has
+  // one more row.
   void (*softmax_column_pairs[3])(float* s, int64_t lds, int64_t n, int64_t m, float scale, float* row_max,
                                   float* row_sum, float* shrink) = {};
   void (*add_column_pairs[3])(const float* p, int64_t ldp, int64_t keys, const void* v_panels, int64_t n, int64_t m,
