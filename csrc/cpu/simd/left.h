@@ -60,7 +60,7 @@ struct Ahead {
   const int32_t* index;
   int64_t n;
 
-  Ahead from(int64_t first) const { return {rows, row_bytes, bytes, index + first, n - first}; }
+  Ahead from(int64_t first) const { return {rows, row_bytes, bytes, index ? index + first : nullptr, n - first}; }
   void ask(int64_t first, int64_t count) const {
     const int64_t end = first + count < n ? first + count : n;
     for (int64_t r = first; r < end; ++r) {
