@@ -220,7 +220,7 @@ void attend_tile_by_columns(const AttentionArgs& args, const Rows& rows, int64_t
   float* s = scratch.probs;
   bool finite = false;
   float* copies = few ? nullptr : scratch.k_panels;
-  if (kernels.copy_keys[args.k.dtype] && copies) kernels.copy_keys[args.k.dtype](tile, copies);
+  if (const auto copy_keys = few ? nullptr : kernels.copy_keys[args.k.dtype]) copy_keys(tile, copies);
   for (int64_t first = 0; first < columns; first += strip) {
     const int64_t count = std::min(strip, columns - first), last = std::min(first + strip, m);
     kernels.dot_columns[args.k.dtype](tile, copies, scratch.q, first, count, dot_scale, s, lds);
@@ -234,15 +234,18 @@ void attend_tile_by_columns(const AttentionArgs& args, const Rows& rows, int64_t
     softmax(s, lds, n, count, exp_scale, scratch.row_max + first, scratch.row_sum + first, scratch.shrink + first);
     const float* shrink = scratch.shrink;
     const bool shrinks = std::any_of(shrink + first, shrink + last, [](float factor) { return factor != 1.0f; });
-    const bool by_row = key_by_key || (pairs && shrinks);  // add_columns shrinks what it adds to
-    for (int64_t r = first; by_row && r < last; ++r) {
-      float* acc = scratch.acc + r * padded_dim;
-      if (shrink[r] != 1.0f) kernels.scale_row(acc, padded_dim, shrink[r]);
-      if (key_by_key) {
-        add_seen_values(args, rows, s + r - first, lds, n, scratch.low[r], scratch.high[r], acc, scratch);
+    if (shrinks && (pairs || key_by_key)) {  // add_columns shrinks what it adds to
+      for (int64_t r = first; r < last; ++r) {
+        if (shrink[r] != 1.0f) kernels.scale_row(scratch.acc + r * padded_dim, padded_dim, shrink[r]);
       }
     }
-    if (key_by_key) continue;
+    if (key_by_key) {
+      for (int64_t r = first; r < last; ++r) {
+        add_seen_values(args, rows, s + r - first, lds, n, scratch.low[r], scratch.high[r],
+                        scratch.acc + r * padded_dim, scratch);
+      }
+      continue;
+    }
     float* acc = scratch.acc + first * padded_dim;
     if (pairs) {
       kernels.add_column_pairs[args.v.dtype](s, lds, n, scratch.v_panels, padded_dim, last - first, acc, padded_dim);

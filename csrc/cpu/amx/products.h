@@ -115,10 +115,6 @@ inline __attribute__((noinline)) void dot_joined_columns(const KeyTile& tile, co
   }
 }
 
-inline void scale_scores(float* s, int64_t lds, int64_t n, int64_t m, float scale) {
-  for (int64_t j = 0; j < n; ++j) scale_row_wide(s + j * lds, m, scale);
-}
-
 // Whether all are numbers: a key with a NaN or an infinity has no other score, a query none with any key.
 inline bool scores_are_numbers(const float* s, int64_t lds, int64_t n, int64_t m) {
   Wide sums[4] = {wide_load(s), wide_zero(), wide_zero(), wide_zero()};
@@ -165,7 +161,8 @@ void dot_tiled_columns(const KeyTile& tile, const void* copies, const void* q, i
       return dot_joined_columns(tile, reinterpret_cast<const float*>(queries), m, scale, s, lds);
     }
   }
-  if (scale != 1.0f) scale_scores(s, lds, tile.n, m, scale);
+  if (scale == 1.0f) return;
+  for (int64_t j = 0; j < tile.n; ++j) scale_row_wide(s + j * lds, m, scale);
 }
 
 template <class T>
