@@ -123,7 +123,8 @@ struct Kernels {
   // s[n][m] = -inf where not low[m] < index[n] <= high[m].
   void (*mask_columns)(float* s, int64_t lds, const int32_t* index, int64_t n, const int32_t* low, const int32_t* high,
                        int64_t m) = nullptr;
-  // softmax_row of each column of scale * s; shrink[m] is its factor. scale > 0.
+  // softmax_row of each column of scale * s; shrink[m] is its factor, 1 if there was no key before. scale > 0. row_max
+  // may stay up to 8 below a column's maximum.
   void (*softmax_columns)(float* s, int64_t lds, int64_t n, int64_t m, float scale, float* row_max, float* row_sum,
                           float* shrink) = nullptr;
   // c[m][n] = shrink[m] * c[m][n] + sum over keys of p[key][m] * v[key][n], of n / panel value panels; shrink null: 1.

@@ -99,6 +99,9 @@ struct AsFloats {
   static void put(Wide p, float* at, float*) { store(at, p); }
 };
 
+// A maximum that rises by up to this is kept, so that what was added up need not shrink: probabilities reach e^8 then.
+constexpr float kKeptRise = 8.0f;
+
 // Of kVectors vectors of queries side by side.
 template <class Exp, class As, int kVectors>
 inline void softmax_vectors(float* s, int64_t lds, int64_t n, float scale, float* row_max, float* row_sum,
@@ -126,10 +129,12 @@ inline void softmax_vectors(float* s, int64_t lds, int64_t n, float scale, float
   for (int v = 0; v < kVectors; ++v) {
 #pragma GCC unroll 4
     for (int r = 1; r < kRows; ++r) peak[0][v] = max(peak[0][v], peak[r][v]);
-    const Wide old_max = wide_load(row_max + v * kWide), new_max = max(mul(peak[0][v], wide_set1(scale)), old_max);
-    // A row without a key yet: exp(-inf - 0) = 0.
+    const Wide old_max = wide_load(row_max + v * kWide), tile_max = mul(peak[0][v], wide_set1(scale));
+    const Wide new_max = select_less(add(old_max, wide_set1(kKeptRise)), tile_max, tile_max, old_max);
+    // A row without a key yet: exp(-inf - 0) = 0, and nothing to shrink.
     shift[v] = select_less(wide_set1(-kInfinity), new_max, new_max, wide_zero());
-    const Wide factor = exp_nonpositive(sub(old_max, shift[v]));
+    const Wide factor = select_less(wide_set1(-kInfinity), old_max, exp_nonpositive(sub(old_max, shift[v])),
+                                    wide_set1(1.0f));
     sum[v] = mul(wide_load(row_sum + v * kWide), factor);
     store(row_max + v * kWide, new_max);
     store(shrink + v * kWide, factor);
