@@ -24,12 +24,8 @@ class KeyCursor {
         low_(static_cast<int32_t>(low)),
         high_(static_cast<int32_t>(high)) {}
 
-  int64_t next(int32_t* index, int64_t capacity) {
-    return next(index, capacity, [](int32_t) {});
-  }
-
   // Returns how many keys it wrote, 0 at the end. Whole fours are written: capacity is a multiple of four, or index has
-  // room for the next one. at_run is told the first key of each piece of a run.
+  // room for the next one. at_run is told the first and the last key of each piece of a run.
   template <class F>
   __attribute__((noinline)) int64_t next(int32_t* index, int64_t capacity, const F& at_run) {
     const int32_t* next_run = next_;  // copies, since index could be a part of *this
@@ -38,7 +34,7 @@ class KeyCursor {
     while (true) {
       if (key < last) {
         const int64_t count = std::min<int64_t>(capacity - n, last - key);
-        at_run(key);
+        at_run(key, key + static_cast<int32_t>(count) - 1);
         Four four = Four{0, 1, 2, 3} + key;
         for (int32_t *to = index + n, *end = to + count; to < end; to += 4, four += 4) {
           std::memcpy(to, &four, sizeof four);
@@ -86,6 +82,21 @@ KeyCursor visible_keys(const AttentionArgs& args, RunList runs, int64_t p0, int6
   return KeyCursor(runs, low, std::min(args.seqlen_k, p1 + 1));
 }
 
+// The keys of one tile.
+struct Keys {
+  int32_t* index;
+  int64_t n;
+  int32_t least, most;
+
+  void take(KeyCursor& cursor, int64_t capacity) {
+    least = std::numeric_limits<int32_t>::max(), most = 0;
+    n = cursor.next(index, capacity, [this](int32_t first, int32_t last) {
+      least = std::min(least, first);
+      most = std::max(most, last);
+    });
+  }
+};
+
 // Rows of a tile: `heads` heads from first_head, each with `queries` queries from first_query; row = h * queries + i.
 struct Rows {
   int64_t b, first_head, heads, first_query, queries, kv_head;
@@ -115,12 +126,12 @@ void copy_queries(const AttentionArgs& args, const Rows& rows, float* copy) {
 
 // Adds one tile's values to a row, whose probabilities lie at `step`, key by key, leaving out those it does not see:
 // for tiles that hold a NaN or an infinity, which a probability of 0 would not silence.
-void add_seen_values(const AttentionArgs& args, const Rows& rows, const float* probs, int64_t step, int64_t n,
+void add_seen_values(const AttentionArgs& args, const Rows& rows, const Keys& keys, const float* probs, int64_t step,
                      int64_t low, int64_t high, float* acc, const AttentionScratch& scratch) {
   int64_t seen = 0;
-  for (int64_t j = 0; j < n; ++j) {
-    if (scratch.index[j] <= low || scratch.index[j] > high) continue;
-    scratch.seen_index[seen] = scratch.index[j];
+  for (int64_t j = 0; j < keys.n; ++j) {
+    if (keys.index[j] <= low || keys.index[j] > high) continue;
+    scratch.seen_index[seen] = keys.index[j];
     scratch.seen_probs[seen++] = probs[j * step];
   }
   args.kernels->add_weighted_rows[args.v.dtype](scratch.seen_probs, kBlockN, 1, args.v.at(rows.b, rows.kv_head, 0),
@@ -128,23 +139,18 @@ void add_seen_values(const AttentionArgs& args, const Rows& rows, const float* p
 }
 
 // Whether some row may not see some key of the tile.
-bool hides_keys(const AttentionArgs& args, const Rows& rows, int64_t n, const AttentionScratch& scratch) {
+bool hides_keys(const AttentionArgs& args, const Rows& rows, const Keys& keys) {
   const int64_t p0 = args.seqlen_k - args.seqlen_q + rows.first_query, p1 = p0 + rows.queries - 1;
-  int32_t least = scratch.index[0], most = least;
-  for (int64_t j = 1; j < n; ++j) {
-    least = std::min(least, scratch.index[j]);
-    most = std::max(most, scratch.index[j]);
-  }
-  return most > p0 || (args.softmax.window > 0 && least <= p1 - args.softmax.window);
+  return keys.most > p0 || (args.softmax.window > 0 && keys.least <= p1 - args.softmax.window);
 }
 
-KeyTile key_tile(const AttentionArgs& args, const Rows& rows, int64_t n, const AttentionScratch& scratch) {
+KeyTile key_tile(const AttentionArgs& args, const Rows& rows, const Keys& keys) {
   return {args.k.at(rows.b, rows.kv_head, 0),
           args.v.at(rows.b, rows.kv_head, 0),
           args.k.row,
           args.v.row,
-          scratch.index,
-          n,
+          keys.index,
+          keys.n,
           args.head_dim};
 }
 
@@ -157,16 +163,16 @@ bool pack_values(const AttentionArgs& args, const KeyTile& tile, int64_t padded,
              : kernels.pack_values[args.v.dtype](tile.v, tile.v_row, tile.index, tile.n, padded, tile.head_dim, panels);
 }
 
-// One tile of n keys, their indices in scratch.index, for every row.
-void attend_tile(const AttentionArgs& args, const Rows& rows, int64_t n, const AttentionScratch& scratch) {
+// One tile of keys for every row.
+void attend_tile(const AttentionArgs& args, const Rows& rows, const Keys& keys, const AttentionScratch& scratch) {
   const Kernels& kernels = *args.kernels;
   const int64_t head_dim = args.head_dim, padded_dim = round_up(head_dim, kMaxPanel);
-  const int64_t padded = round_up(n, kMaxPanel), m = rows.count();
+  const int64_t n = keys.n, padded = round_up(n, kMaxPanel), m = rows.count();
   const int64_t p0 = args.seqlen_k - args.seqlen_q + rows.first_query;
-  std::fill(scratch.index + n, scratch.index + padded, std::numeric_limits<int32_t>::max());
+  std::fill(keys.index + n, keys.index + padded, std::numeric_limits<int32_t>::max());
 
   const bool pairs = uses_pairs(args);
-  const KeyTile tile = key_tile(args, rows, n, scratch);
+  const KeyTile tile = key_tile(args, rows, keys);
   const bool finite = pack_values(args, tile, padded, scratch.v_panels);
   if (pairs) {
     kernels.pack_key_pairs[args.k.dtype](tile.k, tile.k_row, tile.index, n, padded, head_dim, scratch.k_panels);
@@ -176,7 +182,7 @@ void attend_tile(const AttentionArgs& args, const Rows& rows, int64_t n, const A
     kernels.gemm(m, head_dim, scratch.q, head_dim, scratch.k_panels, padded, scratch.probs, kBlockN, false);
   }
 
-  const bool masked = padded != n || hides_keys(args, rows, n, scratch);
+  const bool masked = padded != n || hides_keys(args, rows, keys);
   const bool key_by_key = masked && !finite;
   for (int64_t r = 0; r < m; ++r) {
     float* s = scratch.probs + r * kBlockN;
@@ -184,12 +190,12 @@ void attend_tile(const AttentionArgs& args, const Rows& rows, int64_t n, const A
     const int64_t low = args.softmax.window > 0 ? std::max<int64_t>(-1, p - args.softmax.window) : -1;
     if (pairs) kernels.scale_row(s, padded, args.softmax.scale);
     if (args.softmax.softcap > 0.0f) kernels.softcap_row(s, padded, args.softmax.softcap);
-    if (masked) kernels.mask_row(s, scratch.index, padded, static_cast<int32_t>(low), static_cast<int32_t>(p));
+    if (masked) kernels.mask_row(s, keys.index, padded, static_cast<int32_t>(low), static_cast<int32_t>(p));
     const float shrink = kernels.softmax_row(s, padded, scratch.row_max + r, scratch.row_sum + r);
     float* acc = scratch.acc + r * padded_dim;
     if (shrink != 1.0f) kernels.scale_row(acc, padded_dim, shrink);
     if (key_by_key) {
-      add_seen_values(args, rows, s, 1, n, low, p, acc, scratch);
+      add_seen_values(args, rows, keys, s, 1, low, p, acc, scratch);
     } else if (pairs) {
       kernels.round_row(s, padded, s);
     }
@@ -206,15 +212,16 @@ void attend_tile(const AttentionArgs& args, const Rows& rows, int64_t n, const A
 // The same with scores by key, a column for each row, in an ISA that has these kernels: a strip of columns after the
 // other, or all at once, and then 16 more floats from one key's scores to the next keep a column from falling into few
 // sets of the cache.
-void attend_tile_by_columns(const AttentionArgs& args, const Rows& rows, int64_t n, const AttentionScratch& scratch) {
+void attend_tile_by_columns(const AttentionArgs& args, const Rows& rows, const Keys& keys,
+                            const AttentionScratch& scratch) {
   const Kernels& kernels = *args.kernels;
   const int64_t head_dim = args.head_dim, padded_dim = round_up(head_dim, kMaxPanel);
-  const int64_t m = rows.count(), columns = round_up(m, kMaxPanel);
+  const int64_t n = keys.n, m = rows.count(), columns = round_up(m, kMaxPanel);
   const bool pairs = uses_pairs(args), strips = pairs && kernels.pair_columns > 0;
   const bool few = columns <= kernels.few_columns[args.k.dtype];
   const int64_t strip = strips && !few ? kernels.pair_columns : columns, lds = strips ? strip : columns + kMaxPanel;
-  const KeyTile tile = key_tile(args, rows, n, scratch);
-  const bool masked = hides_keys(args, rows, n, scratch);
+  const KeyTile tile = key_tile(args, rows, keys);
+  const bool masked = hides_keys(args, rows, keys);
   const bool scaled = args.softmax.softcap > 0.0f || args.softmax.scale <= 0.0f;  // before the softmax, not in it
   const float dot_scale = scaled ? args.softmax.scale : 1.0f, exp_scale = scaled ? 1.0f : args.softmax.scale;
   float* s = scratch.probs;
@@ -241,7 +248,7 @@ void attend_tile_by_columns(const AttentionArgs& args, const Rows& rows, int64_t
     }
     if (key_by_key) {
       for (int64_t r = first; r < last; ++r) {
-        add_seen_values(args, rows, s + r - first, lds, n, scratch.low[r], scratch.high[r],
+        add_seen_values(args, rows, keys, s + r - first, lds, scratch.low[r], scratch.high[r],
                         scratch.acc + r * padded_dim, scratch);
       }
       continue;
@@ -293,12 +300,13 @@ void attend_rows(const AttentionArgs& args, const Rows& rows, RunList runs, cons
   std::fill_n(scratch.acc, rows.count() * padded_dim, 0.0f);
   std::fill_n(scratch.row_max, padded_rows, -kInfinity);
   std::fill_n(scratch.row_sum, padded_rows, 0.0f);
-  KeyCursor keys = visible_keys(args, runs, p0, p0 + rows.queries - 1);
+  KeyCursor cursor = visible_keys(args, runs, p0, p0 + rows.queries - 1);
   const bool between = uses_pairs(args) && args.kernels->begin_block != nullptr;
   if (between) args.kernels->begin_block();
   const int64_t step = uses_pairs(args) ? args.kernels->pair_keys : kBlockN;
-  while (const int64_t n = keys.next(scratch.index, step)) {
-    by_columns ? attend_tile_by_columns(args, rows, n, scratch) : attend_tile(args, rows, n, scratch);
+  Keys keys{scratch.index, 0, 0, 0};
+  for (keys.take(cursor, step); keys.n > 0; keys.take(cursor, step)) {
+    by_columns ? attend_tile_by_columns(args, rows, keys, scratch) : attend_tile(args, rows, keys, scratch);
   }
   if (between) args.kernels->end_block();
   for (int64_t h = 0, r = 0; h < rows.heads; ++h) {
@@ -320,7 +328,7 @@ void attend_query(const AttentionArgs& args, const Rows& rows, KeyCursor keys, i
   std::fill_n(row_sum, rows.heads, 0.0f);
   const int64_t step = std::min(kQueryKeys, kMaxRows / rows.heads * kBlockN);
   // A run's first lines are asked for while others are worked on; memory reads ahead along the run by itself.
-  const auto prefetch = [k, v, k_row = args.k.row_bytes, v_row = args.v.row_bytes](int32_t key) {
+  const auto prefetch = [k, v, k_row = args.k.row_bytes, v_row = args.v.row_bytes](int32_t key, int32_t) {
     __builtin_prefetch(k + key * k_row);
     __builtin_prefetch(k + key * k_row + 64);
     __builtin_prefetch(v + key * v_row);
