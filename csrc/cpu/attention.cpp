@@ -154,6 +154,17 @@ KeyTile key_tile(const AttentionArgs& args, const Rows& rows, const Keys& keys) 
           args.head_dim};
 }
 
+// What to ask for beside a tile. Few queries leave no time for it: memory reads ahead along a run by itself.
+Ahead read_next(const AttentionArgs& args, const Rows& rows, const Keys& next) {
+  return {args.k.at(rows.b, rows.kv_head, 0),
+          args.v.at(rows.b, rows.kv_head, 0),
+          args.k.row_bytes,
+          args.v.row_bytes,
+          args.head_dim * element_size(static_cast<DType>(args.k.dtype)),
+          next.index,
+          rows.count() < kAskingRows ? 0 : next.n};
+}
+
 // Packs a tile's values, padded with rows of zeros; true if all are finite.
 bool pack_values(const AttentionArgs& args, const KeyTile& tile, int64_t padded, float* panels) {
   const Kernels& kernels = *args.kernels;
@@ -212,7 +223,7 @@ void attend_tile(const AttentionArgs& args, const Rows& rows, const Keys& keys, 
 // The same with scores by key, a column for each row, in an ISA that has these kernels: a strip of columns after the
 // other, or all at once, and then 16 more floats from one key's scores to the next keep a column from falling into few
 // sets of the cache.
-void attend_tile_by_columns(const AttentionArgs& args, const Rows& rows, const Keys& keys,
+void attend_tile_by_columns(const AttentionArgs& args, const Rows& rows, const Keys& keys, const Keys& next,
                             const AttentionScratch& scratch) {
   const Kernels& kernels = *args.kernels;
   const int64_t head_dim = args.head_dim, padded_dim = round_up(head_dim, kMaxPanel);
@@ -225,12 +236,13 @@ void attend_tile_by_columns(const AttentionArgs& args, const Rows& rows, const K
   const bool scaled = args.softmax.softcap > 0.0f || args.softmax.scale <= 0.0f;  // before the softmax, not in it
   const float dot_scale = scaled ? args.softmax.scale : 1.0f, exp_scale = scaled ? 1.0f : args.softmax.scale;
   float* s = scratch.probs;
+  Ahead ahead = read_next(args, rows, next);
   bool finite = false;
   float* copies = few ? nullptr : scratch.k_panels;
   if (const auto copy_keys = few ? nullptr : kernels.copy_keys[args.k.dtype]) copy_keys(tile, copies);
   for (int64_t first = 0; first < columns; first += strip) {
     const int64_t count = std::min(strip, columns - first), last = std::min(first + strip, m);
-    kernels.dot_columns[args.k.dtype](tile, copies, scratch.q, first, count, dot_scale, s, lds);
+    kernels.dot_columns[args.k.dtype](tile, copies, scratch.q, first, count, dot_scale, s, lds, ahead);
     if (first == 0) finite = pack_values(args, tile, pairs ? round_up(n, 2) : n, scratch.v_panels);
     if (args.softmax.softcap > 0.0f) {
       for (int64_t j = 0; j < n; ++j) kernels.softcap_row(s + j * lds, count, args.softmax.softcap);
@@ -238,7 +250,8 @@ void attend_tile_by_columns(const AttentionArgs& args, const Rows& rows, const K
     if (masked) kernels.mask_columns(s, lds, tile.index, n, scratch.low + first, scratch.high + first, count);
     const bool key_by_key = (masked || pairs) && !finite;  // a probability may round to 0, which an infinity would not
     const auto softmax = pairs && !key_by_key ? kernels.softmax_column_pairs[args.v.dtype] : kernels.softmax_columns;
-    softmax(s, lds, n, count, exp_scale, scratch.row_max + first, scratch.row_sum + first, scratch.shrink + first);
+    softmax(s, lds, n, count, exp_scale, scratch.row_max + first, scratch.row_sum + first, scratch.shrink + first,
+            ahead);
     const float* shrink = scratch.shrink;
     const bool shrinks = std::any_of(shrink + first, shrink + last, [](float factor) { return factor != 1.0f; });
     if (shrinks && (pairs || key_by_key)) {  // add_columns shrinks what it adds to
@@ -255,10 +268,11 @@ void attend_tile_by_columns(const AttentionArgs& args, const Rows& rows, const K
     }
     float* acc = scratch.acc + first * padded_dim;
     if (pairs) {
-      kernels.add_column_pairs[args.v.dtype](s, lds, n, scratch.v_panels, padded_dim, last - first, acc, padded_dim);
+      kernels.add_column_pairs[args.v.dtype](s, lds, n, scratch.v_panels, padded_dim, last - first, acc, padded_dim,
+                                             ahead);
     } else {
       kernels.add_columns(s, lds, n, scratch.v_panels, padded_dim, last - first, shrinks ? shrink + first : nullptr,
-                          acc, padded_dim);
+                          acc, padded_dim, ahead);
     }
   }
 }
@@ -304,9 +318,10 @@ void attend_rows(const AttentionArgs& args, const Rows& rows, RunList runs, cons
   const bool between = uses_pairs(args) && args.kernels->begin_block != nullptr;
   if (between) args.kernels->begin_block();
   const int64_t step = uses_pairs(args) ? args.kernels->pair_keys : kBlockN;
-  Keys keys{scratch.index, 0, 0, 0};
-  for (keys.take(cursor, step); keys.n > 0; keys.take(cursor, step)) {
-    by_columns ? attend_tile_by_columns(args, rows, keys, scratch) : attend_tile(args, rows, keys, scratch);
+  Keys keys{scratch.index, 0, 0, 0}, next{scratch.next_index, 0, 0, 0};
+  for (keys.take(cursor, step); keys.n > 0; std::swap(keys, next)) {
+    next.take(cursor, step);
+    by_columns ? attend_tile_by_columns(args, rows, keys, next, scratch) : attend_tile(args, rows, keys, scratch);
   }
   if (between) args.kernels->end_block();
   for (int64_t h = 0, r = 0; h < rows.heads; ++h) {

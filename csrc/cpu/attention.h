@@ -18,6 +18,7 @@
 namespace dhsa::cpu {
 
 constexpr int64_t kQueryKeys = 256;  // keys of a single query at once, of at most kMaxRows * kBlockN scores
+constexpr int64_t kAskingRows = 64;  // of a tile, beside which the next one is asked for
 constexpr int64_t kMaxRows = 256;    // repacking for the next 256 rows costs about 2 % of their products
 
 struct AttentionArgs {
@@ -58,7 +59,7 @@ struct AttentionScratch {
   float *k_panels, *v_panels;         // [keys of a tile][D], padded
   float *row_max, *row_sum, *shrink;  // [kMaxRows]
   int32_t *low, *high;                // [kMaxRows] the keys that a row sees: low < key <= high
-  int32_t* index;                     // [kQueryKeys] keys of the tile
+  int32_t *index, *next_index;        // [kQueryKeys] keys of the tile, and of the one after it
   int32_t* seen_index;                // [keys of a tile] those that one row sees
   float* seen_probs;                  // [keys of a tile]
 
@@ -75,6 +76,7 @@ struct AttentionScratch {
     low = arena.take<int32_t>(kMaxRows);
     high = arena.take<int32_t>(kMaxRows);
     index = arena.take<int32_t>(kQueryKeys + 4);
+    next_index = arena.take<int32_t>(kQueryKeys + 4);
     seen_index = arena.take<int32_t>(keys);
     seen_probs = arena.take<float>(keys);
   }

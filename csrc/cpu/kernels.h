@@ -33,6 +33,17 @@ struct KeyTile {
   int64_t n, head_dim;
 };
 
+// What the next tile will read, its keys and then its values: kernels ask for it, a few lines at a time while they work
+// on this tile, since memory does not read ahead across a list's jumps.
+struct Ahead {
+  const char *rows, *then;                   // then: the values, null once they are `rows`
+  int64_t row_bytes, then_row_bytes, bytes;  // from one row to the next, and of one row
+  const int32_t* index;
+  int64_t n, asked = 0;                        // rows of the list, and those asked for
+  const char *line = nullptr, *end = nullptr;  // of the last of these
+  bool done = false;
+};
+
 struct Kernels {
   const char* name;
   int64_t panel;  // columns of a packed panel; divides kMaxPanel
@@ -119,25 +130,25 @@ struct Kernels {
   void (*copy_keys[3])(const KeyTile& keys, void* copies) = {};
   // s[n][0..m) = scale * k[index[n]] . q, of the packed queries from the first one on.
   void (*dot_columns[3])(const KeyTile& keys, const void* copies, const void* q_panels, int64_t first, int64_t m,
-                         float scale, float* s, int64_t lds) = {};
+                         float scale, float* s, int64_t lds, Ahead& ahead) = {};
   // s[n][m] = -inf where not low[m] < index[n] <= high[m].
   void (*mask_columns)(float* s, int64_t lds, const int32_t* index, int64_t n, const int32_t* low, const int32_t* high,
                        int64_t m) = nullptr;
   // softmax_row of each column of scale * s; shrink[m] is its factor, 1 if there was no key before. scale > 0. row_max
-  // may stay up to 8 below a column's maximum.
+  // may stay up to 4 below a column's maximum.
   void (*softmax_columns)(float* s, int64_t lds, int64_t n, int64_t m, float scale, float* row_max, float* row_sum,
-                          float* shrink) = nullptr;
+                          float* shrink, Ahead& ahead) = nullptr;
   // c[m][n] = shrink[m] * c[m][n] + sum over keys of p[key][m] * v[key][n], of n / panel value panels; shrink null: 1.
   // Here m is any number of rows.
   void (*add_columns)(const float* p, int64_t ldp, int64_t keys, const float* v_panels, int64_t n, int64_t m,
-                      const float* shrink, float* c, int64_t ldc) = nullptr;
+                      const float* shrink, float* c, int64_t ldc, Ahead& ahead) = nullptr;
   // The last two, without shrink, for value pairs that are finite: probabilities rounded to the type, a key's and the
   // next one's where both were, in an order that only the ISA's own products know. After an odd number of keys s has
   // one more row.
   void (*softmax_column_pairs[3])(float* s, int64_t lds, int64_t n, int64_t m, float scale, float* row_max,
-                                  float* row_sum, float* shrink) = {};
+                                  float* row_sum, float* shrink, Ahead& ahead) = {};
   void (*add_column_pairs[3])(const float* p, int64_t ldp, int64_t keys, const void* v_panels, int64_t n, int64_t m,
-                              float* c, int64_t ldc) = {};
+                              float* c, int64_t ldc, Ahead& ahead) = {};
 
   // dot_rows with q of the keys' own half type, [m][head_dim], null in an ISA without products of that type.
   void (*dot_stored_rows[3])(const void* q, int64_t m, const void* k, int64_t row_stride, const int32_t* index,

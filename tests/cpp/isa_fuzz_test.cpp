@@ -200,7 +200,8 @@ void multiply(const cpu::Kernels& kernels) {
     kernels.gemm_pairs(8, 8, zeros, 8, zeros, cpu::kMaxPanel, sums, cpu::kMaxPanel, false);
   } else if (kernels.dot_columns[2] != nullptr) {
     const cpu::KeyTile tile{zeros, zeros, 8, 8, first, 1, 8};
-    kernels.dot_columns[2](tile, zeros, zeros, 0, cpu::kMaxPanel, 1.0f, sums, cpu::kMaxPanel);
+    cpu::Ahead ahead{};
+    kernels.dot_columns[2](tile, zeros, zeros, 0, cpu::kMaxPanel, 1.0f, sums, cpu::kMaxPanel, ahead);
   } else if (kernels.dot_stored_rows[1] != nullptr) {
     kernels.dot_stored_rows[1](zeros, 1, zeros, 32, first, 8, 32, sums, 8);
   } else {

@@ -143,6 +143,8 @@ bool pack_value_tiles(const void* v, int64_t row_stride, const int32_t* index, i
 // Probabilities as pairs, their lower parts, where there are some, in the place of the second key's.
 template <class T>
 struct AsParts {
+  static constexpr int kAskedLines = kParts<T> == 1 ? 2 : 0;
+
   static void put(Wide p, Wide next, float* at, float* next_at) {
     if constexpr (kParts<T> == 1) {
       store(at, pairs_of<Part::kRounded>(p, next));

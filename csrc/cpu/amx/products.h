@@ -37,8 +37,9 @@ struct Block {
     if (two_rows) store_tile<2>(c + kTileRows * ldc, bytes);
     if (two_rows && two_columns) store_tile<3>(c + kTileRows * ldc + kPanel, bytes);
   }
-  void add(int64_t steps) const {
+  void add(int64_t steps, Ahead& ahead) const {
     for (int64_t i = 0; i < steps; ++i) {
+      if constexpr (kParts == 1) ask<2 * 64>(ahead, 2);
       load_left(kParts - 1, i);
       load_right(0, i);
       add_products();
@@ -89,7 +90,7 @@ void copy_keys(const KeyTile& tile, void* copies) {
 // Scores where some key or query is not finite, for which a number is no sum of parts: keys widened, queries put
 // together panel by panel, products of float32.
 inline __attribute__((noinline)) void dot_joined_columns(const KeyTile& tile, const float* q, int64_t m, float scale,
-                                                         float* s, int64_t lds) {
+                                                         float* s, int64_t lds, Ahead& ahead) {
   const int64_t steps = steps_of(tile.head_dim), part = kTileBytes / 4;
   alignas(64) float panel[kMaxDepth * kPanel], widened[kSide * kMaxDepth];
   const auto join = [](Wide upper, Wide lower) {  // the lower part of what is not finite is not either
@@ -109,7 +110,7 @@ inline __attribute__((noinline)) void dot_joined_columns(const KeyTile& tile, co
     for (int64_t j = 0; j < tile.n; j += kSide) {
       const int64_t n = tile.n - j < kSide ? tile.n - j : kSide;
       widen_rows(static_cast<const Half*>(tile.k), tile.k_row, tile.index + j, n, tile.head_dim, widened);
-      const ListedRows keys{widened, tile.head_dim, nullptr, {}, {}};
+      const ListedRows keys{widened, tile.head_dim, nullptr, ahead};
       gemm_columns<FloatProduct, Into::kScale>(n, tile.head_dim, keys, panel, kPanel, scale, s + j * lds + i, lds);
     }
   }
@@ -126,7 +127,7 @@ inline bool scores_are_numbers(const float* s, int64_t lds, int64_t n, int64_t m
 
 template <class T>
 void dot_tiled_columns(const KeyTile& tile, const void* copies, const void* q, int64_t first, int64_t m, float scale,
-                       float* s, int64_t lds) {
+                       float* s, int64_t lds, Ahead& ahead) {
   constexpr int kCount = kParts<T>;
   const TileRows<kCount> keys = key_tiles<T>(copies, tile.head_dim);
   const int64_t panel_bytes = keys.steps * kCount * kTileBytes;
@@ -144,7 +145,7 @@ void dot_tiled_columns(const KeyTile& tile, const void* copies, const void* q, i
       const Block<kCount> block{copies ? keys : few, copies ? j : 0, right, next, rows > kTileRows, two_columns};
       float* out = s + j * lds + i;
       block.clear();
-      block.add(keys.steps);
+      block.add(keys.steps, ahead);
       if (rows % kTileRows == 0) {
         block.store(out, lds);
       } else {
@@ -158,7 +159,7 @@ void dot_tiled_columns(const KeyTile& tile, const void* copies, const void* q, i
   }
   if constexpr (kCount == 2) {
     if (!scores_are_numbers(s, lds, tile.n, m)) {
-      return dot_joined_columns(tile, reinterpret_cast<const float*>(queries), m, scale, s, lds);
+      return dot_joined_columns(tile, reinterpret_cast<const float*>(queries), m, scale, s, lds, ahead);
     }
   }
   if (scale == 1.0f) return;
@@ -167,7 +168,7 @@ void dot_tiled_columns(const KeyTile& tile, const void* copies, const void* q, i
 
 template <class T>
 void add_tiled_columns(const float* p, int64_t ldp, int64_t keys, const void* v, int64_t n, int64_t m, float* c,
-                       int64_t ldc) {
+                       int64_t ldc, Ahead& ahead) {
   constexpr int64_t kPanelBytes = kParts<T> * kTileBytes;
   const int64_t steps = steps_of(keys), step_bytes = n / kPanel * kPanelBytes;
   alignas(64) char tiles[kSide / kTileRows * kParts<T> * (kTileKeys / kStepDepth) * kTileBytes];
@@ -179,6 +180,7 @@ void add_tiled_columns(const float* p, int64_t ldp, int64_t keys, const void* v,
       for (int part = 0; part < kParts<T>; ++part) {
         for (int64_t step = 0; step < steps; ++step) {
           const int64_t j = step * kStepDepth;
+          if constexpr (kParts<T> == 1) ask<2 * 64>(ahead, 4);
           transpose_pairs(p + (j + part) * ldp + i + r, 2 * ldp, keys - j, weights.tile(part, r, step));
         }
       }
@@ -191,13 +193,13 @@ void add_tiled_columns(const float* p, int64_t ldp, int64_t keys, const void* v,
       float* out = c + i * ldc + d;
       if (whole) {
         block.load(out, ldc);
-        block.add(steps);
+        block.add(steps, ahead);
         block.store(out, ldc);
         continue;
       }
       alignas(64) float sums[kSide * kSide];  // of which the last rows are no one's
       block.clear();
-      block.add(steps);
+      block.add(steps, ahead);
       block.store(sums, kSide);
       for (int64_t r = 0; r < rows; ++r) {
         for (int64_t column = 0; column < (two_columns ? kSide : kPanel); column += kPanel) {

@@ -3,6 +3,7 @@
 //
 #include "cpu/avx2/wide.h"
 //
+#include "cpu/simd/ahead.h"
 #include "cpu/simd/left.h"
 //
 #include "cpu/avx2/tiles.h"

@@ -3,7 +3,7 @@
 
 namespace dhsa::cpu::avx2 {
 
-constexpr int kAskedInto = 3;  // of prefetches: the first-level cache
+constexpr int kAskedLines = 8;  // beside each product tile
 constexpr int64_t kWide = kLanes;
 using Wide = Vec;
 

@@ -3,7 +3,7 @@
 
 namespace dhsa::cpu::DHSA_ISA {
 
-constexpr int kAskedInto = 2;  // of prefetches: the second-level cache
+constexpr int kAskedLines = 16;  // beside each product tile
 constexpr int64_t kWide = 16;
 using Wide = __m512;
 

@@ -4,6 +4,7 @@
 //
 #include "cpu/avx512/wide.h"
 //
+#include "cpu/simd/ahead.h"
 #include "cpu/simd/left.h"
 //
 #include "cpu/avx512/tiles.h"

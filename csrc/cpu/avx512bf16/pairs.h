@@ -64,9 +64,8 @@ inline bool pack_value_pairs(const void* v, int64_t row_stride, const int32_t* i
 
 // Keys as they are stored, a pair at a time, by packed pairs of queries.
 inline void dot_column_pairs(const KeyTile& tile, const void*, const void* q, int64_t first, int64_t m, float scale,
-                             float* s, int64_t lds) {
-  const ListedRows keys{static_cast<const float*>(tile.k), tile.k_row / 2, tile.index,
-                        ahead<BFloat16>(tile.k, tile.k_row, tile), ahead<BFloat16>(tile.v, tile.v_row, tile)};
+                             float* s, int64_t lds, Ahead& ahead) {
+  const ListedRows keys{static_cast<const float*>(tile.k), tile.k_row / 2, tile.index, ahead};
   const int64_t pairs = tile.head_dim / 2;
   dot_listed<PairProduct>(keys, tile.n, pairs, static_cast<const float*>(q) + first * pairs, m, scale, s, lds);
 }
@@ -74,6 +73,8 @@ inline void dot_column_pairs(const KeyTile& tile, const void*, const void* q, in
 inline __m512i round_bits(Wide p) { return _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(p)); }
 
 struct AsPairs {
+  static constexpr int kAskedLines = 0;
+
   static void put(Wide p, Wide next, float* at, float*) {
     _mm512_storeu_si512(at, _mm512_or_si512(round_bits(p), _mm512_slli_epi32(round_bits(next), 16)));
   }
@@ -81,9 +82,9 @@ struct AsPairs {
 };
 
 inline void add_column_pairs(const float* p, int64_t ldp, int64_t keys, const void* v, int64_t n, int64_t m, float* c,
-                             int64_t ldc) {
-  gemm_all<PairProduct, Into::kAdd>(m, (keys + 1) / 2, ColumnMajor{p, 2 * ldp, nullptr}, static_cast<const float*>(v),
-                                    n, 1.0f, c, ldc);
+                             int64_t ldc, Ahead& ahead) {
+  gemm_all<PairProduct, Into::kAdd>(m, (keys + 1) / 2, ColumnMajor{p, 2 * ldp, nullptr, ahead},
+                                    static_cast<const float*>(v), n, 1.0f, c, ldc);
 }
 
 // store_row by the instruction that rounds, to which what is below 2^-126 is 0.

@@ -25,8 +25,7 @@ inline void gemm(int64_t m, int64_t k, const float* a, int64_t lda, const float*
   }
 }
 
-// Scores of `depth` float32, or pairs, of each key. kGroupKeys keys at a time meet kGroupColumns columns. The keys are
-// asked for while the first columns are worked on, their values during the last.
+// Scores of `depth` float32, or pairs, of each key. kGroupKeys keys at a time meet kGroupColumns columns.
 template <class Product>
 inline void dot_listed(const ListedRows& keys, int64_t n, int64_t depth, const float* q, int64_t m, float scale,
                        float* s, int64_t lds) {
@@ -34,22 +33,13 @@ inline void dot_listed(const ListedRows& keys, int64_t n, int64_t depth, const f
     const int64_t last = first + kGroupColumns < m ? first + kGroupColumns : m;
     for (int64_t j = 0; j < n; j += kGroupKeys) {
       const int64_t rows = n - j < kGroupKeys ? n - j : kGroupKeys;
-      ListedRows group = keys.from(j);
-      const Ahead values = group.values;
-      if (first > 0) group.keys.n = 0;
-      for (int64_t i = first; i < last; i += kTileColumns, group.keys.n = 0) {
+      for (int64_t i = first; i < last; i += kTileColumns) {
         const int64_t columns = last - i < kTileColumns ? last - i : kTileColumns;
-        group.values.n = i + columns == m ? values.n : 0;
-        gemm_columns<Product, Into::kScale>(rows, depth, group, q + i * depth, columns, scale, s + j * lds + i, lds);
+        gemm_columns<Product, Into::kScale>(rows, depth, keys.from(j), q + i * depth, columns, scale, s + j * lds + i,
+                                            lds);
       }
     }
   }
-}
-
-template <class T>
-inline Ahead ahead(const void* rows, int64_t row_stride, const KeyTile& tile) {
-  constexpr int64_t kBytes = sizeof(T);
-  return {static_cast<const char*>(rows), row_stride * kBytes, tile.head_dim * kBytes, tile.index, tile.n};
 }
 
 template <class T>
@@ -70,14 +60,11 @@ void widen_keys(const KeyTile& tile, void* copies) {
 
 template <class T>
 void dot_columns(const KeyTile& tile, const void* copies, const void* q, int64_t first, int64_t m, float scale,
-                 float* s, int64_t lds) {
-  const Ahead values = ahead<T>(tile.v, tile.v_row, tile);
-  ListedRows keys{static_cast<const float*>(copies), tile.head_dim, nullptr, {}, values};
-  if constexpr (sizeof(T) == sizeof(float)) {
-    keys = {static_cast<const float*>(tile.k), tile.k_row, tile.index, ahead<T>(tile.k, tile.k_row, tile), values};
-  }
-  dot_listed<FloatProduct>(keys, tile.n, tile.head_dim, static_cast<const float*>(q) + first * tile.head_dim, m, scale,
-                           s, lds);
+                 float* s, int64_t lds, Ahead& ahead) {
+  const ListedRows in_place{static_cast<const float*>(tile.k), tile.k_row, tile.index, ahead};
+  const ListedRows widened{static_cast<const float*>(copies), tile.head_dim, nullptr, ahead};
+  dot_listed<FloatProduct>(sizeof(T) == sizeof(float) ? in_place : widened, tile.n, tile.head_dim,
+                           static_cast<const float*>(q) + first * tile.head_dim, m, scale, s, lds);
 }
 
 inline void mask_columns(float* s, int64_t lds, const int32_t* index, int64_t n, const int32_t* low,
@@ -92,6 +79,8 @@ inline void mask_columns(float* s, int64_t lds, const int32_t* index, int64_t n,
 
 // Probabilities of a key and of the next one, as they are.
 struct AsFloats {
+  static constexpr int kAskedLines = 0;  // beside two vectors; products ask for enough
+
   static void put(Wide p, Wide next, float* at, float* next_at) {
     store(at, p);
     store(next_at, next);
@@ -99,13 +88,14 @@ struct AsFloats {
   static void put(Wide p, float* at, float*) { store(at, p); }
 };
 
-// A maximum that rises by up to this is kept, so that what was added up need not shrink: probabilities reach e^8 then.
-constexpr float kKeptRise = 8.0f;
+// A maximum that rises by up to this is kept, so that what was added up need not shrink: probabilities reach e^4 then,
+// their arguments' rounding 4e-7 of them.
+constexpr float kKeptRise = 4.0f;
 
 // Of kVectors vectors of queries side by side.
 template <class Exp, class As, int kVectors>
 inline void softmax_vectors(float* s, int64_t lds, int64_t n, float scale, float* row_max, float* row_sum,
-                            float* shrink) {
+                            float* shrink, Ahead& ahead) {
   constexpr int kRows = 4 / kVectors;  // of keys at once: four chains of maxima
   Wide peak[kRows][kVectors], shift[kVectors], sum[kVectors];
 #pragma GCC unroll 4
@@ -133,8 +123,8 @@ inline void softmax_vectors(float* s, int64_t lds, int64_t n, float scale, float
     const Wide new_max = select_less(add(old_max, wide_set1(kKeptRise)), tile_max, tile_max, old_max);
     // A row without a key yet: exp(-inf - 0) = 0, and nothing to shrink.
     shift[v] = select_less(wide_set1(-kInfinity), new_max, new_max, wide_zero());
-    const Wide factor = select_less(wide_set1(-kInfinity), old_max, exp_nonpositive(sub(old_max, shift[v])),
-                                    wide_set1(1.0f));
+    const Wide factor =
+        select_less(wide_set1(-kInfinity), old_max, exp_nonpositive(sub(old_max, shift[v])), wide_set1(1.0f));
     sum[v] = mul(wide_load(row_sum + v * kWide), factor);
     store(row_max + v * kWide, new_max);
     store(shrink + v * kWide, factor);
@@ -148,6 +138,7 @@ inline void softmax_vectors(float* s, int64_t lds, int64_t n, float scale, float
       As::put(p, next, at, next_at);
       sum[v] = add(sum[v], add(p, next));
     }
+    if constexpr (As::kAskedLines > 0) ask<2 * 64>(ahead, As::kAskedLines);
   }
 #pragma GCC unroll 2
   for (int v = 0; v < kVectors; ++v) {
@@ -164,16 +155,16 @@ inline void softmax_vectors(float* s, int64_t lds, int64_t n, float scale, float
 // Up to kVectors vectors of queries at a time.
 template <class Exp, class As, int kVectors = 1>
 void softmax_columns(float* s, int64_t lds, int64_t n, int64_t m, float scale, float* row_max, float* row_sum,
-                     float* shrink) {
+                     float* shrink, Ahead& ahead) {
   for (int64_t i = 0; i < m; i += kVectors * kWide) {
     const auto softmax = m - i < kVectors * kWide ? softmax_vectors<Exp, As, 1> : softmax_vectors<Exp, As, kVectors>;
-    softmax(s + i, lds, n, scale, row_max + i, row_sum + i, shrink + i);
+    softmax(s + i, lds, n, scale, row_max + i, row_sum + i, shrink + i, ahead);
   }
 }
 
 inline void add_columns(const float* p, int64_t ldp, int64_t keys, const float* v, int64_t n, int64_t m,
-                        const float* shrink, float* c, int64_t ldc) {
-  gemm_all<FloatProduct, Into::kAdd>(m, keys, ColumnMajor{p, ldp, shrink}, v, n, 1.0f, c, ldc);
+                        const float* shrink, float* c, int64_t ldc, Ahead& ahead) {
+  gemm_all<FloatProduct, Into::kAdd>(m, keys, ColumnMajor{p, ldp, shrink, ahead}, v, n, 1.0f, c, ldc);
 }
 
 constexpr Kernels with_columns(Kernels table) {

@@ -1,5 +1,5 @@
 // Where a product tile of x86 finds element i of row r of its left factor, which it reads in place; and what becomes of
-// a sum. `rows` gives a tile's rows from `first` on.
+// a sum. `rows` gives a tile's rows from `first` on, and asks for what the next keys will need.
 #pragma once
 
 namespace dhsa::cpu::DHSA_ISA {
@@ -45,48 +45,31 @@ struct ColumnMajor {
   const float* a;
   int64_t lda;
   const float* factors;
+  Ahead& ahead;
 
   template <int kRows>
   ColumnMajor rows(int64_t first) const {
-    return {a + first, lda, factors ? factors + first : nullptr};
+    ask(ahead, kAskedLines);
+    return {a + first, lda, factors ? factors + first : nullptr, ahead};
   }
   const float* at(int64_t r, int64_t i) const { return a + i * lda + r; }
 };
 
-// Rows of a list that will be read soon: memory does not read ahead across its jumps by itself.
-struct Ahead {
-  const char* rows;
-  int64_t row_bytes, bytes;  // from one row to the next, and of one row
-  const int32_t* index;
-  int64_t n;
-
-  Ahead from(int64_t first) const { return {rows, row_bytes, bytes, index ? index + first : nullptr, n - first}; }
-  void ask(int64_t first, int64_t count) const {
-    const int64_t end = first + count < n ? first + count : n;
-    for (int64_t r = first; r < end; ++r) {
-      for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(rows + index[r] * row_bytes + at, 0, kAskedInto);
-    }
-  }
-};
-
-// Rows of a list (index null: one after the other): keys of a cache. While a tile's rows are worked on, `keys` of the
-// next tile and `values` of this one are asked for.
+// Rows of a list (index null: one after the other): keys of a cache.
 struct ListedRows {
   const float* a;
   int64_t stride;
   const int32_t* index;
-  Ahead keys, values;
+  Ahead& ahead;
 
   ListedRows from(int64_t first) const {
-    return {index ? a : a + first * stride, stride, index ? index + first : nullptr, keys.from(first),
-            values.from(first)};
+    return {index ? a : a + first * stride, stride, index ? index + first : nullptr, ahead};
   }
   template <int kRows>
   RowPointers<kRows> rows(int64_t first) const {
     RowPointers<kRows> pointers;
     for (int r = 0; r < kRows; ++r) pointers.row[r] = a + (index ? index[first + r] : first + r) * stride;
-    keys.ask(first + kRows, kRows);
-    values.ask(first, kRows);
+    ask(ahead, kAskedLines);
     return pointers;
   }
 };
