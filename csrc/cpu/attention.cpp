@@ -237,13 +237,15 @@ void attend_tile_by_columns(const AttentionArgs& args, const Rows& rows, const K
   const float dot_scale = scaled ? args.softmax.scale : 1.0f, exp_scale = scaled ? 1.0f : args.softmax.scale;
   float* s = scratch.probs;
   Ahead ahead = read_next(args, rows, next);
-  bool finite = false;
+  // Where every row sees every key, values may be what they are.
+  const bool listed = kernels.add_listed_columns[args.v.dtype] != nullptr && !masked && padded_dim == head_dim;
+  bool finite = listed;
   float* copies = few ? nullptr : scratch.k_panels;
   if (const auto copy_keys = few ? nullptr : kernels.copy_keys[args.k.dtype]) copy_keys(tile, copies);
   for (int64_t first = 0; first < columns; first += strip) {
     const int64_t count = std::min(strip, columns - first), last = std::min(first + strip, m);
     kernels.dot_columns[args.k.dtype](tile, copies, scratch.q, first, count, dot_scale, s, lds, ahead);
-    if (first == 0) finite = pack_values(args, tile, pairs ? round_up(n, 2) : n, scratch.v_panels);
+    if (first == 0 && !listed) finite = pack_values(args, tile, pairs ? round_up(n, 2) : n, scratch.v_panels);
     if (args.softmax.softcap > 0.0f) {
       for (int64_t j = 0; j < n; ++j) kernels.softcap_row(s + j * lds, count, args.softmax.softcap);
     }
@@ -270,6 +272,9 @@ void attend_tile_by_columns(const AttentionArgs& args, const Rows& rows, const K
     if (pairs) {
       kernels.add_column_pairs[args.v.dtype](s, lds, n, scratch.v_panels, padded_dim, last - first, acc, padded_dim,
                                              ahead);
+    } else if (listed) {
+      kernels.add_listed_columns[args.v.dtype](s, lds, tile, last - first, shrinks ? shrink + first : nullptr, acc,
+                                               padded_dim, ahead);
     } else {
       kernels.add_columns(s, lds, n, scratch.v_panels, padded_dim, last - first, shrinks ? shrink + first : nullptr,
                           acc, padded_dim, ahead);

@@ -142,9 +142,12 @@ struct Kernels {
   // Here m is any number of rows.
   void (*add_columns)(const float* p, int64_t ldp, int64_t keys, const float* v_panels, int64_t n, int64_t m,
                       const float* shrink, float* c, int64_t ldc, Ahead& ahead) = nullptr;
-  // The last two, without shrink, for value pairs that are finite: probabilities rounded to the type, a key's and the
-  // next one's where both were, in an order that only the ISA's own products know. After an odd number of keys s has
-  // one more row.
+  // The same of values where they lie, which have a multiple of kMaxPanel columns; null for a type that is packed.
+  void (*add_listed_columns[3])(const float* p, int64_t ldp, const KeyTile& tile, int64_t m, const float* shrink,
+                                float* c, int64_t ldc, Ahead& ahead) = {};
+  // softmax_columns and add_columns, without shrink, for value pairs that are finite: probabilities rounded to the
+  // type, a key's and the next one's where both were, in an order that only the ISA's own products know. After an odd
+  // number of keys s has one more row.
   void (*softmax_column_pairs[3])(float* s, int64_t lds, int64_t n, int64_t m, float scale, float* row_max,
                                   float* row_sum, float* shrink, Ahead& ahead) = {};
   void (*add_column_pairs[3])(const float* p, int64_t ldp, int64_t keys, const void* v_panels, int64_t n, int64_t m,

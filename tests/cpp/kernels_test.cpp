@@ -313,8 +313,13 @@ TEST(Kernels, scores_by_key_and_their_values) {
             EXPECT_TRUE(kernels.pack_values[type](tile.v, head_dim, index.data(), n, n, head_dim, v_panels.data()));
             const bool shrinks = draw(0, 2) > 0;
             for (float& factor : factors) factor = shrinks ? static_cast<float>(draw(0, 4)) / 4 : 1.0f;
-            kernels.add_columns(s.data(), lds, n, v_panels.data(), width, rows, shrinks ? factors.data() : nullptr,
-                                out.data(), width, ahead);
+            const float* shrink = shrinks ? factors.data() : nullptr;
+            const auto add_listed_columns = head_dim == width ? kernels.add_listed_columns[type] : nullptr;
+            if (add_listed_columns != nullptr && draw(0, 1) == 0) {
+              add_listed_columns(s.data(), lds, tile, rows, shrink, out.data(), width, ahead);
+            } else {
+              kernels.add_columns(s.data(), lds, n, v_panels.data(), width, rows, shrink, out.data(), width, ahead);
+            }
           }
           EXPECT_LE(ahead.asked, n);
           if (between) kernels.end_block();

@@ -97,12 +97,28 @@ struct FloatProduct {
   static Wide step(Wide a, Wide b, Wide c) { return _mm512_fmadd_ps(a, b, c); }
 };
 
+// A right factor of k rows: packed in panels, or where its rows lie.
+struct PackedPanels {
+  const float* panel;
+
+  PackedPanels next_panel(int64_t k) const { return {panel + k * kPanel}; }
+  const float* row(int64_t i) const { return panel + i * kPanel; }
+};
+
+struct RowPanels {
+  const float* const* rows;
+  int64_t column;
+
+  RowPanels next_panel(int64_t) const { return {rows, column + kPanel}; }
+  const float* row(int64_t i) const { return rows[i] + column; }
+};
+
 // Eight rows by two neighbouring panels: 10 loads go with 16 products, where 16 rows by one panel need 17, as many
 // cycles on machines that load 64 bytes once a cycle; those are for a last panel. Row r's sums are low_r and high_r, or
 // low_r and those of row 8 + r high_r. Named registers: an array of vectors is spilled by some compilers. A function of
 // its own: inlined into its callers' loops, g++ 12 keeps counters in memory.
-template <class Product, Into kInto, int kRows, bool kTwo, class Rows>
-__attribute__((noinline)) void gemm_rows(int64_t k, const Rows& a, const float* b, float scale, float* c, int64_t ldc) {
+template <class Product, Into kInto, int kRows, bool kTwo, class Rows, class Right>
+__attribute__((noinline)) void gemm_rows(int64_t k, const Rows& a, const Right& b, float scale, float* c, int64_t ldc) {
   Wide c0{}, c1{}, c2{}, c3{}, c4{}, c5{}, c6{}, c7{}, d0{}, d1{}, d2{}, d3{}, d4{}, d5{}, d6{}, d7{};
 #define DHSA_ROWS(step)                                                                                           \
   step(0, c0, d0) step(1, c1, d1) step(2, c2, d2) step(3, c3, d3) step(4, c4, d4) step(5, c5, d5) step(6, c6, d6) \
@@ -132,9 +148,9 @@ __attribute__((noinline)) void gemm_rows(int64_t k, const Rows& a, const float* 
       DHSA_ROWS(DHSA_SHRINK)
     }
   }
-  const float* next = b + (kTwo ? k * kPanel : 0);
+  const Right next = kTwo ? b.next_panel(k) : b;
   for (int64_t i = 0; i < k; ++i) {
-    const Wide low_b = _mm512_loadu_ps(b + i * kPanel), high_b = kTwo ? _mm512_loadu_ps(next + i * kPanel) : low_b;
+    const Wide low_b = _mm512_loadu_ps(b.row(i)), high_b = kTwo ? _mm512_loadu_ps(next.row(i)) : low_b;
     DHSA_ROWS(DHSA_PRODUCT)
   }
   if (kInto == Into::kScale) {
@@ -150,8 +166,8 @@ __attribute__((noinline)) void gemm_rows(int64_t k, const Rows& a, const float* 
 #undef DHSA_STORE
 }
 
-template <class Product, Into kInto, bool kTwo, class Left>
-inline void gemm_all_rows(int64_t m, int64_t k, const Left& left, const float* b, float scale, float* c, int64_t ldc) {
+template <class Product, Into kInto, bool kTwo, class Left, class Right>
+inline void gemm_all_rows(int64_t m, int64_t k, const Left& left, const Right& b, float scale, float* c, int64_t ldc) {
   int64_t r = 0;
   if constexpr (!kTwo) {
     for (; r + 16 <= m; r += 16) {
@@ -174,25 +190,44 @@ inline void scale_row_wide(float* x, int64_t n, float factor) {
   if (d < n) store(x + d, mul(load(x + d), set1(factor)));
 }
 
-constexpr Kernels with_wide_rows(Kernels table) {
-  table.scale_row = scale_row_wide;
-  table.pack_values[0] = pack_values_wide<float>;
-  table.pack_values[1] = pack_values_wide<Half>;
-  table.pack_values[2] = pack_values_wide<BFloat16>;
-  return table;
-}
-
 constexpr int64_t kTileColumns = 2 * kPanel;
 constexpr int64_t kGroupColumns = 64, kGroupKeys = 8;  // which the first-level cache holds
 
-template <class Product, Into kInto, class Left>
-inline void gemm_columns(int64_t m, int64_t k, const Left& left, const float* b, int64_t columns, float scale, float* c,
-                         int64_t ldc) {
+template <class Product, Into kInto, class Left, class Right>
+inline void gemm_panels(int64_t m, int64_t k, const Left& left, const Right& b, int64_t columns, float scale, float* c,
+                        int64_t ldc) {
   if (columns == kTileColumns) {
     gemm_all_rows<Product, kInto, true>(m, k, left, b, scale, c, ldc);
   } else {
     gemm_all_rows<Product, kInto, false>(m, k, left, b, scale, c, ldc);
   }
+}
+
+template <class Product, Into kInto, class Left>
+inline void gemm_columns(int64_t m, int64_t k, const Left& left, const float* b, int64_t columns, float scale, float* c,
+                         int64_t ldc) {
+  gemm_panels<Product, kInto>(m, k, left, PackedPanels{b}, columns, scale, c, ldc);
+}
+
+// Values where they lie: another load for sixteen products, but no copy of 32 KiB.
+inline void add_listed_columns(const float* p, int64_t ldp, const KeyTile& tile, int64_t m, const float* shrink,
+                               float* c, int64_t ldc, Ahead& ahead) {
+  const float* rows[kBlockN];
+  for (int64_t i = 0; i < tile.n; ++i) rows[i] = static_cast<const float*>(tile.v) + tile.index[i] * tile.v_row;
+  const ColumnMajor weights{p, ldp, shrink, ahead};
+  for (int64_t j = 0; j < tile.head_dim; j += kTileColumns) {
+    const int64_t columns = tile.head_dim - j < kTileColumns ? tile.head_dim - j : kTileColumns;
+    gemm_panels<FloatProduct, Into::kAdd>(m, tile.n, weights, RowPanels{rows, j}, columns, 1.0f, c + j, ldc);
+  }
+}
+
+constexpr Kernels with_wide_rows(Kernels table) {
+  table.scale_row = scale_row_wide;
+  table.add_listed_columns[0] = add_listed_columns;
+  table.pack_values[0] = pack_values_wide<float>;
+  table.pack_values[1] = pack_values_wide<Half>;
+  table.pack_values[2] = pack_values_wide<BFloat16>;
+  return table;
 }
 
 }  // namespace dhsa::cpu::DHSA_ISA
