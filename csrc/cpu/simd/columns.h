@@ -69,7 +69,13 @@ void dot_columns(const KeyTile& tile, const void* copies, const void* q, int64_t
 
 inline void mask_columns(float* s, int64_t lds, const int32_t* index, int64_t n, const int32_t* low,
                          const int32_t* high, int64_t m) {
+  int32_t most_low = low[0], least_high = high[0];
+  for (int64_t i = 1; i < m; ++i) {
+    most_low = low[i] > most_low ? low[i] : most_low;
+    least_high = high[i] < least_high ? high[i] : least_high;
+  }
   for (int64_t j = 0; j < n; ++j) {
+    if (most_low < index[j] && index[j] <= least_high) continue;  // every column sees it
     for (int64_t i = 0; i < m; i += kWide) {
       float* at = s + j * lds + i;
       store(at, keep_between(wide_load(at), index[j], low + i, high + i));
