@@ -237,8 +237,9 @@ void attend_tile_by_columns(const AttentionArgs& args, const Rows& rows, const K
   const float dot_scale = scaled ? args.softmax.scale : 1.0f, exp_scale = scaled ? 1.0f : args.softmax.scale;
   float* s = scratch.probs;
   Ahead ahead = read_next(args, rows, next);
-  // Where every row sees every key, values may be what they are.
-  const bool listed = kernels.add_listed_columns[args.v.dtype] != nullptr && !masked && padded_dim == head_dim;
+  // Where every row sees every key, no one asks whether the values are finite.
+  const bool listed = kernels.add_listed_columns[args.v.dtype] != nullptr && !masked && padded_dim == head_dim &&
+                      first_level_cache() >= kListedValuesCache;
   bool finite = listed;
   float* copies = few ? nullptr : scratch.k_panels;
   if (const auto copy_keys = few ? nullptr : kernels.copy_keys[args.k.dtype]) copy_keys(tile, copies);

@@ -19,7 +19,8 @@ namespace dhsa::cpu {
 
 constexpr int64_t kQueryKeys = 256;  // keys of a single query at once, of at most kMaxRows * kBlockN scores
 constexpr int64_t kAskingRows = 64;  // of a tile, beside which the next one is asked for
-constexpr int64_t kMaxRows = 256;    // repacking for the next 256 rows costs about 2 % of their products
+constexpr int64_t kListedValuesCache = 48 * 1024;  // whose sets hold a tile's values where they lie
+constexpr int64_t kMaxRows = 256;                  // repacking for the next 256 rows costs about 2 % of their products
 
 struct AttentionArgs {
   const Kernels* kernels;

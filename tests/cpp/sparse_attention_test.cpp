@@ -1,3 +1,4 @@
+#include "cpu/dispatch.h"
 #include "problem.h"
 
 namespace dhsa::test {
@@ -213,6 +214,24 @@ TEST(SparseAttention, malformed_runs_read_nothing_outside) {
       for (int64_t d = 0; d < 8; ++d) EXPECT_FALSE(std::isnan(problem.out.at({0, i / 7, i % 7, d})));
     }
   }
+}
+
+TEST(SparseAttention, same_bits_of_values_that_are_packed_and_of_those_where_they_lie) {
+  const int64_t cache = cpu::first_level_cache();
+  for (const int64_t head_dim : {16, 24, 80}) {
+    Problem problem(DType::kFloat32, {1, 4, 2, 40, 300, head_dim}, true, softmax_of(head_dim));
+    const Lists lists(problem, 2, 20);
+    const SparseAttention p = call(&problem, lists, 20);
+    cpu::force_first_level_cache(0);
+    run_stage(p);
+    const Array packed = problem.out.copy();
+    cpu::force_first_level_cache(64 * 1024);
+    problem.out.fill(-1.0);
+    run_stage(p);
+    for (int64_t i = 0; i < packed.size; ++i) EXPECT_EQ(problem.out.flat(i), packed.flat(i));
+    for (int64_t j = 0; j < lists.blocks; ++j) expect_block(problem, lists, j, 20);
+  }
+  cpu::force_first_level_cache(cache);
 }
 
 TEST(SparseAttention, same_bits_for_any_number_of_workers) {
