@@ -73,8 +73,10 @@ def _causal(_b: Tensor, _h: Tensor, row: Tensor, key: Tensor) -> Tensor:
 
 @cache
 def _compiled_flex() -> Callable[..., Any]:
+    from torch._inductor import config
     from torch.nn.attention.flex_attention import flex_attention
 
+    config.compile_threads = 1  # a pool of compilers would work on beside what is timed
     return torch.compile(flex_attention, dynamic=False)
 
 
