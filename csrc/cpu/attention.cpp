@@ -155,7 +155,7 @@ KeyTile key_tile(const AttentionArgs& args, const Rows& rows, const Keys& keys) 
 }
 
 // What to ask for beside a tile. Few queries leave no time for it: memory reads ahead along a run by itself.
-Ahead read_next(const AttentionArgs& args, const Rows& rows, const Keys& next) {
+Ahead rows_ahead(const AttentionArgs& args, const Rows& rows, const Keys& next) {
   return {args.k.at(rows.b, rows.kv_head, 0),
           args.v.at(rows.b, rows.kv_head, 0),
           args.k.row_bytes,
@@ -236,7 +236,7 @@ void attend_tile_by_columns(const AttentionArgs& args, const Rows& rows, const K
   const bool scaled = args.softmax.softcap > 0.0f || args.softmax.scale <= 0.0f;  // before the softmax, not in it
   const float dot_scale = scaled ? args.softmax.scale : 1.0f, exp_scale = scaled ? 1.0f : args.softmax.scale;
   float* s = scratch.probs;
-  Ahead ahead = read_next(args, rows, next);
+  Ahead ahead = rows_ahead(args, rows, next);
   // Where every row sees every key, no one asks whether the values are finite.
   const bool listed = kernels.add_listed_columns[args.v.dtype] != nullptr && !masked && padded_dim == head_dim &&
                       first_level_cache() >= kListedValuesCache;

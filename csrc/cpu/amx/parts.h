@@ -14,6 +14,15 @@ constexpr int64_t kSide = 2 * kTileRows;           // rows, and columns, that a 
 constexpr int64_t kStepDepth = 2 * kRowBytes / 4;  // of k, that a tile has
 constexpr int64_t kTileKeys = 256;                 // of a tile: scores of kSide queries are 32 KiB
 
+// Pairs of lines that a strip asks for beside two vectors of exponentials, a transpose and a step of products. float16
+// gains nothing: its copies are as slow from a nearer cache.
+template <int kParts>
+constexpr int kAskedBesideExps = kParts == 1 ? 2 : 0;
+template <int kParts>
+constexpr int kAskedBesideTranspose = kParts == 1 ? 4 : 0;
+template <int kParts>
+constexpr int kAskedBesideStep = kParts == 1 ? 2 : 0;
+
 inline int64_t steps_of(int64_t depth) { return (depth + kStepDepth - 1) / kStepDepth; }
 
 enum class Part { kRounded, kUpper, kLower };
@@ -143,7 +152,7 @@ bool pack_value_tiles(const void* v, int64_t row_stride, const int32_t* index, i
 // Probabilities as pairs, their lower parts, where there are some, in the place of the second key's.
 template <class T>
 struct AsParts {
-  static constexpr int kAskedLines = kParts<T> == 1 ? 2 : 0;
+  static constexpr int kAskedPairs = kAskedBesideExps<kParts<T>>;
 
   static void put(Wide p, Wide next, float* at, float* next_at) {
     if constexpr (kParts<T> == 1) {

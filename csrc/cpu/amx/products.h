@@ -39,7 +39,7 @@ struct Block {
   }
   void add(int64_t steps, Ahead& ahead) const {
     for (int64_t i = 0; i < steps; ++i) {
-      if constexpr (kParts == 1) ask<2 * 64>(ahead, 2);
+      ask<kLinePair>(ahead, kAskedBesideStep<kParts>);
       load_left(kParts - 1, i);
       load_right(0, i);
       add_products();
@@ -180,7 +180,7 @@ void add_tiled_columns(const float* p, int64_t ldp, int64_t keys, const void* v,
       for (int part = 0; part < kParts<T>; ++part) {
         for (int64_t step = 0; step < steps; ++step) {
           const int64_t j = step * kStepDepth;
-          if constexpr (kParts<T> == 1) ask<2 * 64>(ahead, 4);
+          ask<kLinePair>(ahead, kAskedBesideTranspose<kParts<T>>);
           transpose_pairs(p + (j + part) * ldp + i + r, 2 * ldp, keys - j, weights.tile(part, r, step));
         }
       }

@@ -3,6 +3,8 @@
 
 namespace dhsa::cpu::DHSA_ISA {
 
+constexpr int kLine = 64, kLinePair = 2 * kLine;  // bytes; Intel's cores bring a line's neighbour along
+
 // Whether there is a next row, to which it turns.
 inline __attribute__((noinline)) bool turn_to_next_row(Ahead& ahead) {
   if (ahead.asked == ahead.n && ahead.then != nullptr) {
@@ -19,7 +21,7 @@ inline __attribute__((noinline)) bool turn_to_next_row(Ahead& ahead) {
 }
 
 // Asks for so many lines, kBytes apart, into the second-level cache.
-template <int kBytes = 64>
+template <int kBytes = kLine>
 inline __attribute__((always_inline)) void ask(Ahead& ahead, int lines) {
   for (int i = 0; i < lines; ++i) {
     if (ahead.line >= ahead.end && (ahead.done || !turn_to_next_row(ahead))) return;
