@@ -238,8 +238,7 @@ void attend_tile_by_columns(const AttentionArgs& args, const Rows& rows, const K
   float* s = scratch.probs;
   Ahead ahead = rows_ahead(args, rows, next);
   // Where every row sees every key, no one asks whether the values are finite.
-  const bool listed = kernels.add_listed_columns[args.v.dtype] != nullptr && !masked && padded_dim == head_dim &&
-                      first_level_cache() >= kListedValuesCache;
+  const bool listed = args.values_in_place && !masked;
   bool finite = listed;
   float* copies = few ? nullptr : scratch.k_panels;
   if (const auto copy_keys = few ? nullptr : kernels.copy_keys[args.k.dtype]) copy_keys(tile, copies);

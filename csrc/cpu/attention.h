@@ -11,6 +11,7 @@
 #pragma once
 
 #include "core/types.h"
+#include "cpu/dispatch.h"
 #include "cpu/kernels.h"
 #include "cpu/scratch.h"
 #include "cpu/views.h"
@@ -30,6 +31,7 @@ struct AttentionArgs {
   HeadGroups heads;
   int64_t head_dim, seqlen_q, seqlen_k;
   Softmax softmax;
+  bool values_in_place;  // may they be read where they lie?
 
   // P has q, k, v, out, lse and softmax.
   template <class P>
@@ -47,7 +49,9 @@ struct AttentionArgs {
         head_dim(p.q.shape[3]),
         seqlen_q(p.q.shape[2]),
         seqlen_k(p.k.shape[2]),
-        softmax(p.softmax) {}
+        softmax(p.softmax),
+        values_in_place(table.add_listed_columns[v.dtype] != nullptr && head_dim % kMaxPanel == 0 &&
+                        first_level_cache() >= kListedValuesCache) {}
 };
 
 struct RunList {

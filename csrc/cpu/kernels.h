@@ -41,7 +41,6 @@ struct Ahead {
   const int32_t* index;
   int64_t n, asked = 0;                        // rows of the list, and those asked for
   const char *line = nullptr, *end = nullptr;  // of the last of these
-  bool done = false;
 };
 
 struct Kernels {

@@ -152,7 +152,7 @@ bool pack_value_tiles(const void* v, int64_t row_stride, const int32_t* index, i
 // Probabilities as pairs, their lower parts, where there are some, in the place of the second key's.
 template <class T>
 struct AsParts {
-  static constexpr int kAskedPairs = kAskedBesideExps<kParts<T>>;
+  static constexpr int kAskedLinePairs = kAskedBesideExps<kParts<T>>;
 
   static void put(Wide p, Wide next, float* at, float* next_at) {
     if constexpr (kParts<T> == 1) {

@@ -73,7 +73,7 @@ inline void dot_column_pairs(const KeyTile& tile, const void*, const void* q, in
 inline __m512i round_bits(Wide p) { return _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(p)); }
 
 struct AsPairs {
-  static constexpr int kAskedPairs = 0;
+  static constexpr int kAskedLinePairs = 0;
 
   static void put(Wide p, Wide next, float* at, float*) {
     _mm512_storeu_si512(at, _mm512_or_si512(round_bits(p), _mm512_slli_epi32(round_bits(next), 16)));

@@ -13,8 +13,7 @@ inline __attribute__((noinline)) bool turn_to_next_row(Ahead& ahead) {
     ahead.then = nullptr;
     ahead.asked = 0;
   }
-  ahead.done = ahead.asked == ahead.n;
-  if (ahead.done) return false;
+  if (ahead.asked == ahead.n) return false;
   ahead.line = ahead.rows + ahead.index[ahead.asked++] * ahead.row_bytes;
   ahead.end = ahead.line + ahead.bytes;
   return true;
@@ -24,7 +23,10 @@ inline __attribute__((noinline)) bool turn_to_next_row(Ahead& ahead) {
 template <int kBytes = kLine>
 inline __attribute__((always_inline)) void ask(Ahead& ahead, int lines) {
   for (int i = 0; i < lines; ++i) {
-    if (ahead.line >= ahead.end && (ahead.done || !turn_to_next_row(ahead))) return;
+    if (ahead.line >= ahead.end) {
+      const bool done = ahead.asked == ahead.n && ahead.then == nullptr;
+      if (done || !turn_to_next_row(ahead)) return;
+    }
     __builtin_prefetch(ahead.line, 0, 2);
     ahead.line += kBytes;
   }

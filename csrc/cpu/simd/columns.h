@@ -85,7 +85,7 @@ inline void mask_columns(float* s, int64_t lds, const int32_t* index, int64_t n,
 
 // Probabilities of a key and of the next one, as they are.
 struct AsFloats {
-  static constexpr int kAskedPairs = 0;  // of lines, beside two vectors; products ask for enough
+  static constexpr int kAskedLinePairs = 0;  // of lines, beside two vectors; products ask for enough
 
   static void put(Wide p, Wide next, float* at, float* next_at) {
     store(at, p);
@@ -144,7 +144,7 @@ inline void softmax_vectors(float* s, int64_t lds, int64_t n, float scale, float
       As::put(p, next, at, next_at);
       sum[v] = add(sum[v], add(p, next));
     }
-    if constexpr (As::kAskedPairs > 0) ask<kLinePair>(ahead, As::kAskedPairs);
+    if constexpr (As::kAskedLinePairs > 0) ask<kLinePair>(ahead, As::kAskedLinePairs);
   }
 #pragma GCC unroll 2
   for (int v = 0; v < kVectors; ++v) {
