@@ -346,7 +346,7 @@ void attend_query(const AttentionArgs& args, const Rows& rows, KeyCursor keys, i
   std::fill_n(acc, rows.heads * args.head_dim, 0.0f);
   std::fill_n(row_max, rows.heads, -kInfinity);
   std::fill_n(row_sum, rows.heads, 0.0f);
-  const int64_t step = std::min(kQueryKeys, kMaxRows / rows.heads * kBlockN);
+  const int64_t step = std::min(kQueryKeys, args.max_rows / rows.heads * kBlockN);
   // A run's first lines are asked for while others are worked on; memory reads ahead along the run by itself.
   const auto prefetch = [k, v, k_row = args.k.row_bytes, v_row = args.v.row_bytes](int32_t key, int32_t) {
     __builtin_prefetch(k + key * k_row);
@@ -379,6 +379,18 @@ void attend_query(const AttentionArgs& args, const Rows& rows, KeyCursor keys, i
 
 }  // namespace
 
+// Queries, sums and scores of so many rows lie in the second-level cache, beside a tile's keys and values. Where strips
+// of them share copies of keys, more pay: four hundredths of 512 rows of eight heads.
+int64_t rows_at_once(const Kernels& kernels, DType type, int64_t head_dim) {
+  const bool pairs = kernels.pack_key_pairs[static_cast<int>(type)] != nullptr,
+             strips = pairs && kernels.pair_columns > 0;
+  const int64_t size = pairs ? sizeof(uint16_t) : sizeof(float), padded_dim = round_up(head_dim, kMaxPanel);
+  const int64_t tile = 2 * (pairs ? kernels.pair_keys : kBlockN) * padded_dim * size;
+  const int64_t scores = strips ? 0 : kBlockN, row = padded_dim * size + (padded_dim + scores) * sizeof(float);
+  const int64_t least = strips ? 256 : 64, most = strips ? 512 : 256;
+  return std::clamp((caches().second - tile) / row / 64 * 64, least, most);
+}
+
 void finish_row(const AttentionArgs& args, int64_t b, int64_t head, int64_t query, float row_max, float row_sum,
                 const float* acc) {
   const bool empty = row_sum == 0.0f;
@@ -391,8 +403,8 @@ void finish_row(const AttentionArgs& args, int64_t b, int64_t head, int64_t quer
 void attend_part(const AttentionArgs& args, int64_t b, int64_t group, int64_t query, RunList runs, int64_t first_rank,
                  int64_t last_rank, float* row_max, float* row_sum, float* acc, const AttentionScratch& scratch) {
   const int64_t heads = args.heads.heads(), p = args.seqlen_k - args.seqlen_q + query;
-  for (int64_t h = 0; h < heads; h += kMaxRows) {
-    const Rows rows{b, group * heads + h, std::min(kMaxRows, heads - h), query, 1, args.heads.kv_head(group)};
+  for (int64_t h = 0; h < heads; h += args.max_rows) {
+    const Rows rows{b, group * heads + h, std::min(args.max_rows, heads - h), query, 1, args.heads.kv_head(group)};
     KeyCursor keys = visible_keys(args, runs, p, p);
     keys.skip(first_rank);
     attend_query(args, rows, keys, last_rank - first_rank, row_max + h, row_sum + h, acc + h * args.head_dim, scratch);
@@ -402,7 +414,7 @@ void attend_part(const AttentionArgs& args, int64_t b, int64_t group, int64_t qu
 void attend_block(const AttentionArgs& args, int64_t b, int64_t group, const Block& block, RunList runs,
                   const AttentionScratch& scratch) {
   const int64_t heads = args.heads.heads(), kv_head = args.heads.kv_head(group);
-  const int64_t head_step = std::min(heads, kMaxRows), query_step = std::max<int64_t>(1, kMaxRows / head_step);
+  const int64_t head_step = std::min(heads, args.max_rows), query_step = args.max_rows / head_step;
   for (int64_t h = 0; h < heads; h += head_step) {
     for (int64_t i = block.first; i <= block.last; i += query_step) {
       const Rows rows{
@@ -423,7 +435,7 @@ void attend_block(const AttentionArgs& args, int64_t b, int64_t group, const Blo
 }
 
 int64_t workspace_bytes(const SparseAttention& p, int workers) {
-  return workers * scratch_bytes<AttentionScratch>(active_kernels(), p.q.shape[3]);
+  return workers * scratch_bytes<AttentionScratch>(active_kernels(), p.k.dtype, p.q.shape[3]);
 }
 
 void run(const SparseAttention& p, void* workspace, const Executor& executor) {
@@ -436,7 +448,7 @@ void run(const SparseAttention& p, void* workspace, const Executor& executor) {
     const int64_t count = std::clamp<int64_t>(p.num_runs.as<const int32_t>()[list], 0, capacity);
     attend_block(args, b, group, Block(j, p.q_block, args.seqlen_q, args.seqlen_k, p.softmax.window),
                  {p.runs.as<const int32_t>() + list * capacity * 2, count},
-                 worker_scratch<AttentionScratch>(workspace, worker, *args.kernels, p.q.shape[3]));
+                 worker_scratch<AttentionScratch>(workspace, worker, *args.kernels, p.k.dtype, p.q.shape[3]));
   });
 }
 

@@ -7,10 +7,11 @@
 // of all heads that share the KV head), then an online softmax. On x86 keys are read in place by packed queries. Single
 // queries: K and V rows are read in place.
 // Accumulation is float32. A row with no key: out 0, lse -inf. A value row that a query may not see never touches it,
-// NaN included. Rows are worked at most kMaxRows at a time, so that the scratch has one size.
+// NaN included. Rows are worked as many at a time as the second-level cache holds, so that the scratch has one size.
 #pragma once
 
 #include "core/types.h"
+#include "cpu/caches.h"
 #include "cpu/dispatch.h"
 #include "cpu/kernels.h"
 #include "cpu/scratch.h"
@@ -18,10 +19,12 @@
 
 namespace dhsa::cpu {
 
-constexpr int64_t kQueryKeys = 256;  // keys of a single query at once, of at most kMaxRows * kBlockN scores
-constexpr int64_t kAskingRows = 64;  // of a tile, beside which the next one is asked for
+constexpr int64_t kQueryKeys = 256;                // keys of a single query at once
+constexpr int64_t kAskingRows = 64;                // of a tile, beside which the next one is asked for
 constexpr int64_t kListedValuesCache = 48 * 1024;  // whose sets hold a tile's values where they lie
-constexpr int64_t kMaxRows = 256;                  // repacking for the next 256 rows costs about 2 % of their products
+
+// How many rows share a tile at most, a multiple of 64: repacking for the next ones costs 2 % of their products.
+int64_t rows_at_once(const Kernels& kernels, DType type, int64_t head_dim);
 
 struct AttentionArgs {
   const Kernels* kernels;
@@ -31,6 +34,7 @@ struct AttentionArgs {
   HeadGroups heads;
   int64_t head_dim, seqlen_q, seqlen_k;
   Softmax softmax;
+  int64_t max_rows;      // at once
   bool values_in_place;  // may they be read where they lie?
 
   // P has q, k, v, out, lse and softmax.
@@ -50,8 +54,9 @@ struct AttentionArgs {
         seqlen_q(p.q.shape[2]),
         seqlen_k(p.k.shape[2]),
         softmax(p.softmax),
+        max_rows(rows_at_once(table, p.k.dtype, head_dim)),
         values_in_place(table.add_listed_columns[v.dtype] != nullptr && head_dim % kMaxPanel == 0 &&
-                        first_level_cache() >= kListedValuesCache) {}
+                        caches().first >= kListedValuesCache) {}
 };
 
 struct RunList {
@@ -59,27 +64,28 @@ struct RunList {
   int64_t count;
 };
 
-struct AttentionScratch {
-  float *q, *acc, *probs;             // [kMaxRows][D], [kMaxRows][D], [kMaxRows][kBlockN], padded
+struct AttentionScratch {             // R: rows_at_once
+  float *q, *acc, *probs;             // [R][D], [R][D], [R][kBlockN], padded
   float *k_panels, *v_panels;         // [keys of a tile][D], padded
-  float *row_max, *row_sum, *shrink;  // [kMaxRows]
-  int32_t *low, *high;                // [kMaxRows] the keys that a row sees: low < key <= high
+  float *row_max, *row_sum, *shrink;  // [R]
+  int32_t *low, *high;                // [R] the keys that a row sees: low < key <= high
   int32_t *index, *next_index;        // [kQueryKeys] keys of the tile, and of the one after it
   int32_t* seen_index;                // [keys of a tile] those that one row sees
   float* seen_probs;                  // [keys of a tile]
 
-  AttentionScratch(Arena& arena, const Kernels& kernels, int64_t head_dim) {
+  AttentionScratch(Arena& arena, const Kernels& kernels, DType type, int64_t head_dim) {
     const int64_t padded_dim = round_up(head_dim, kMaxPanel), keys = kernels.pair_keys;
-    q = arena.take<float>(kMaxRows * round_up(head_dim, kPairStep));
-    acc = arena.take<float>(kMaxRows * padded_dim);
-    probs = arena.take<float>((kMaxRows + kMaxPanel) * kBlockN);
+    const int64_t rows = rows_at_once(kernels, type, head_dim);
+    q = arena.take<float>(rows * round_up(head_dim, kPairStep));
+    acc = arena.take<float>(rows * padded_dim);
+    probs = arena.take<float>((rows + kMaxPanel) * kBlockN);
     k_panels = arena.take<float>(keys * round_up(head_dim, kPairStep));
     v_panels = arena.take<float>(keys * padded_dim);
-    row_max = arena.take<float>(kMaxRows);
-    row_sum = arena.take<float>(kMaxRows);
-    shrink = arena.take<float>(kMaxRows);
-    low = arena.take<int32_t>(kMaxRows);
-    high = arena.take<int32_t>(kMaxRows);
+    row_max = arena.take<float>(rows);
+    row_sum = arena.take<float>(rows);
+    shrink = arena.take<float>(rows);
+    low = arena.take<int32_t>(rows);
+    high = arena.take<int32_t>(rows);
     index = arena.take<int32_t>(kQueryKeys + 4);
     next_index = arena.take<int32_t>(kQueryKeys + 4);
     seen_index = arena.take<int32_t>(keys);

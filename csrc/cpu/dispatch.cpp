@@ -7,13 +7,9 @@
 #if defined(DHSA_HAVE_AMX)
 #include <cpuid.h>
 #include <sys/syscall.h>
-#endif
-
-#if defined(__unix__)
 #include <unistd.h>
 #endif
 
-#include <algorithm>
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
@@ -131,24 +127,11 @@ const Kernels*& active() {
   return kernels;
 }
 
-int64_t& cache_bytes() {
-#if defined(_SC_LEVEL1_DCACHE_SIZE)
-  static int64_t bytes = std::max<int64_t>(0, sysconf(_SC_LEVEL1_DCACHE_SIZE));
-#else
-  static int64_t bytes = 0;
-#endif
-  return bytes;
-}
-
 }  // namespace
 
 const Kernels& active_kernels() { return *active(); }
 
 void force_isa(const char* name) { active() = &choose(name); }
-
-int64_t first_level_cache() { return cache_bytes(); }
-
-void force_first_level_cache(int64_t bytes) { cache_bytes() = bytes; }
 
 const char* isas_compiled() {
   static const std::string list = names(false);

@@ -12,8 +12,4 @@ const Kernels& active_kernels();
 // Makes another ISA the active one, while no stage runs: for tests that compare two in one process. Throws likewise.
 void force_isa(const char* name);
 
-// Bytes of a core's first-level data cache, 0 if the system does not say; and what tests would have it be.
-int64_t first_level_cache();
-void force_first_level_cache(int64_t bytes);
-
 }  // namespace dhsa::cpu

@@ -129,7 +129,7 @@ void merge_parts(const AttentionArgs& args, int64_t b, int64_t head, int64_t que
 int64_t workspace_bytes(const SparseDecode& p, int workers) {
   const Shapes shapes(p);
   const int64_t per_worker = std::max(scratch_bytes<ChooseScratch>(p, shapes),
-                                      scratch_bytes<AttentionScratch>(active_kernels(), shapes.head_dim));
+                                      scratch_bytes<AttentionScratch>(active_kernels(), p.k.dtype, shapes.head_dim));
   return scratch_bytes<Lists>(shapes) + workers * per_worker;
 }
 
@@ -164,7 +164,7 @@ void run(const SparseDecode& p, void* workspace, const Executor& executor) {
     attend_part(row_args, row / groups, row % groups, item % shapes.seqlen_q,
                 {lists.runs + list * shapes.runs * 2, lists.num_runs[list]}, part * step, (part + 1) * step,
                 lists.row_max + i * heads, lists.row_sum + i * heads, lists.acc + i * heads * shapes.head_dim,
-                worker_scratch<AttentionScratch>(scratch, worker, active_kernels(), shapes.head_dim));
+                worker_scratch<AttentionScratch>(scratch, worker, active_kernels(), p.k.dtype, shapes.head_dim));
   });
   executor.run(shapes.group_items(), [&](int64_t item, int) {
     const int64_t row = item / shapes.seqlen_q, first = item * parts * heads;

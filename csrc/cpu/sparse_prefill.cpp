@@ -105,7 +105,7 @@ struct BlockScratch {
             p.score == ChunkScore::kMass ? mean_bytes(p.rows, p.q, shapes.lists, p.q_block, p.q_stride) : 0)),
         mass(arena, shapes.chunks, shapes.head_dim),
         refine(arena, shapes.chunks, shapes.head_dim, shapes.seqlen_k, shapes.choice, p.refine),
-        attention(arena, active_kernels(), shapes.head_dim) {}
+        attention(arena, active_kernels(), p.k.dtype, shapes.head_dim) {}
 };
 
 PoolScale key_scale(const SparsePrefill& p) { return p.score == ChunkScore::kMass ? PoolScale::kMean : p.pool; }

@@ -443,6 +443,7 @@ PYBIND11_MODULE(_numpy, m) {
   m.def("isas_compiled", &cpu::isas_compiled);
   m.def("isas_detected", &cpu::isas_detected);
   m.def("isa_active", &cpu::isa_active);
+  m.def("cache_sizes", &cpu::cache_sizes);
 }
 
 }  // namespace

@@ -31,6 +31,7 @@ extern "C" __attribute__((visibility("default"))) const char* dhsa_info(const ch
     if (std::strcmp(what, "isas_compiled") == 0) return dhsa::cpu::isas_compiled();
     if (std::strcmp(what, "isas_detected") == 0) return dhsa::cpu::isas_detected();
     if (std::strcmp(what, "isa_active") == 0) return dhsa::cpu::isa_active();
+    if (std::strcmp(what, "cache_sizes") == 0) return dhsa::cpu::cache_sizes();
 #ifdef DHSA_WITH_CUDA
     if (std::strcmp(what, "cuda_archs") == 0) return dhsa::cuda::archs_compiled();
     if (std::strcmp(what, "cuda_kernel") == 0) return cuda_kernel();

@@ -39,7 +39,7 @@ class Backend:
             self.name, self.reason = "reference", "the native library was not built"
 
     def info(self, what: str) -> str:
-        """A fact of the native library (isas_compiled, isas_detected, isa_active, cuda_archs, cuda_kernel), or ""."""
+        """A fact of the native library (isas_compiled, isa_active, cache_sizes, cuda_archs, ...), or ""."""
         if self._library is None:
             return ""
         text = self._library.dhsa_info(what.encode()).decode()

@@ -26,6 +26,7 @@ def facts() -> dict[str, str]:
         "ISAs compiled": backend.info("isas_compiled") if native else "none",
         "ISAs detected": backend.info("isas_detected") if native else "none",
         "ISA active": backend.info("isa_active") if native else "none",
+        "caches": backend.info("cache_sizes") if native else "none",
         "NumPy module": _numpy_facts()["NumPy module"],
         "CUDA archs": backend.info("cuda_archs") or "none (built without CUDA)",
         "CUDA kernels": (backend.info("cuda_kernel") if gpus else "") or "none",
@@ -45,6 +46,7 @@ def _numpy_facts() -> dict[str, str]:
         "ISAs compiled": _numpy.isas_compiled(),
         "ISAs detected": _numpy.isas_detected(),
         "ISA active": _numpy.isa_active(),
+        "caches": _numpy.cache_sizes(),
     }
 
 

@@ -18,6 +18,7 @@
 #include <vector>
 
 #include "core/half.h"
+#include "cpu/caches.h"
 #include "dhsa.h"
 
 namespace {
@@ -363,7 +364,8 @@ int main(int argc, char** argv) {
     return 0;
   }
   parts.assign(argv + 1, argv + argc);
-  dhsa::cpu::isa_active();  // chosen on first use, outside of every region
+  dhsa::cpu::isa_active();                         // chosen on first use, outside of every region
+  dhsa::cpu::force_caches({64 << 10, 512 << 10});  // a Cortex-A76's, not those of the machine that emulates
   count_all();
   return 0;
 }

@@ -1,4 +1,4 @@
-#include "cpu/dispatch.h"
+#include "cpu/caches.h"
 #include "problem.h"
 
 namespace dhsa::test {
@@ -217,21 +217,38 @@ TEST(SparseAttention, malformed_runs_read_nothing_outside) {
 }
 
 TEST(SparseAttention, same_bits_of_values_that_are_packed_and_of_those_where_they_lie) {
-  const int64_t cache = cpu::first_level_cache();
+  const cpu::Caches detected = cpu::caches();
   for (const int64_t head_dim : {16, 24, 80}) {
     Problem problem(DType::kFloat32, {1, 4, 2, 40, 300, head_dim}, true, softmax_of(head_dim));
     const Lists lists(problem, 2, 20);
     const SparseAttention p = call(&problem, lists, 20);
-    cpu::force_first_level_cache(0);
+    cpu::force_caches({0, detected.second});
     run_stage(p);
     const Array packed = problem.out.copy();
-    cpu::force_first_level_cache(64 * 1024);
+    cpu::force_caches({64 << 10, detected.second});
     problem.out.fill(-1.0);
     run_stage(p);
     for (int64_t i = 0; i < packed.size; ++i) EXPECT_EQ(problem.out.flat(i), packed.flat(i));
     for (int64_t j = 0; j < lists.blocks; ++j) expect_block(problem, lists, j, 20);
   }
-  cpu::force_first_level_cache(cache);
+  cpu::force_caches(detected);
+}
+
+TEST(SparseAttention, any_size_of_the_second_level_cache_gives_the_same) {
+  const cpu::Caches detected = cpu::caches();
+  for (const DType dtype : kFloatTypes) {
+    for (const int64_t q_block : {40, 150}) {
+      Problem problem(dtype, {1, 16, 2, 150, 300, 40}, true, softmax_of(40));  // up to 1200 rows share a list
+      const Lists lists(problem, 2, q_block);
+      for (const int64_t bytes : {0, 256 << 10, 1 << 30}) {
+        cpu::force_caches({detected.first, bytes});
+        problem.out.fill(-1.0);
+        run_stage(call(&problem, lists, q_block));
+        for (int64_t j = 0; j < lists.blocks; ++j) expect_block(problem, lists, j, q_block);
+      }
+    }
+  }
+  cpu::force_caches(detected);
 }
 
 TEST(SparseAttention, same_bits_for_any_number_of_workers) {
