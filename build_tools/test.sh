@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # Runs every test that this machine can, then says in a table what ran and what did not, and for each suite left out
 # the command that enables it. DHSA_TEST_REQUIRE=cpp,asan,arm turns the skip of a named suite into a failure.
-# Suites of ARM64 code, none of which needs an ARM machine: arm, the C++ tests under emulation; arm-insns and arm-tiles,
-# counts of instructions and a model's throughput held to budgets (no times); arm-python, the package under emulation.
+# Suites of ARM64 code, none of which needs an ARM machine: arm, the C++ tests under emulation; arm-insns, arm-reads
+# and arm-tiles, counts of instructions and models of a cache and of a schedule held to budgets (no times); arm-python,
+# the package under emulation.
 # Logs: build/test-logs/<suite>.log. Called by `make test`, which prepares $VENV.
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -12,7 +13,7 @@ export PATH="$venv/bin:$PATH"  # cmake and ninja of the `test` extra, where the 
 logs=build/test-logs
 mkdir -p "$logs"
 
-suites=(python cpp asan arm arm-insns arm-tiles arm-python gpu)
+suites=(python cpp asan arm arm-insns arm-reads arm-tiles arm-python gpu)
 require=${DHSA_TEST_REQUIRE:-}
 for name in ${require//,/ }; do
   [[ " ${suites[*]} " == *" $name "* ]] ||
@@ -121,9 +122,12 @@ fi
 
 if have aarch64-linux-gnu-g++ && have qemu-aarch64; then
   suite arm-insns "$venv/bin/python" tests/arm/insn_budget.py
+  suite arm-reads "$venv/bin/python" tests/arm/input_reads.py
 else
-  skip arm-insns "no ARM64 cross-compiler, or no emulator that loads plugins" \
-    "apt-get install g++-aarch64-linux-gnu qemu-user"
+  for name in arm-insns arm-reads; do
+    skip "$name" "no ARM64 cross-compiler, or no emulator that loads plugins" \
+      "apt-get install g++-aarch64-linux-gnu qemu-user"
+  done
 fi
 
 if have aarch64-linux-gnu-g++-11 && have aarch64-linux-gnu-g++-12 && have llvm-mca-19; then

@@ -206,7 +206,7 @@ void run(const SparseDecode&, void* workspace, const Executor&);
 const char* isas_compiled();
 const char* isas_detected();
 const char* isa_active();
-// Of a core's first level and its share of the second, which sizes of blocks follow: "32 KiB, 512 KiB".
+// Of a core's first level and its share of those behind it, which sizes of blocks follow: "32 KiB, 512 KiB".
 const char* cache_sizes();
 
 }  // namespace cpu

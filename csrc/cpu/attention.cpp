@@ -379,16 +379,16 @@ void attend_query(const AttentionArgs& args, const Rows& rows, KeyCursor keys, i
 
 }  // namespace
 
-// Queries, sums and scores of so many rows lie in the second-level cache, beside a tile's keys and values. Where strips
-// of them share copies of keys, more pay: four hundredths of 512 rows of eight heads.
+// Queries, sums and scores of so many rows lie in seven eighths of the core's caches, beside a tile's keys and values,
+// as they are stored and as they are packed. Where strips of rows share copies of keys, up to 512 pay.
 int64_t rows_at_once(const Kernels& kernels, DType type, int64_t head_dim) {
-  const bool pairs = kernels.pack_key_pairs[static_cast<int>(type)] != nullptr,
-             strips = pairs && kernels.pair_columns > 0;
-  const int64_t size = pairs ? sizeof(uint16_t) : sizeof(float), padded_dim = round_up(head_dim, kMaxPanel);
-  const int64_t tile = 2 * (pairs ? kernels.pair_keys : kBlockN) * padded_dim * size;
-  const int64_t scores = strips ? 0 : kBlockN, row = padded_dim * size + (padded_dim + scores) * sizeof(float);
-  const int64_t least = strips ? 256 : 64, most = strips ? 512 : 256;
-  return std::clamp((caches().second - tile) / row / 64 * 64, least, most);
+  const bool pairs = kernels.pack_key_pairs[static_cast<int>(type)] != nullptr;
+  const bool strips = pairs && kernels.pair_columns > 0;
+  const int64_t packed = pairs ? sizeof(uint16_t) : sizeof(float), padded_dim = round_up(head_dim, kMaxPanel);
+  const int64_t keys = pairs ? kernels.pair_keys : kBlockN, scores = strips ? 0 : kBlockN;
+  const int64_t tile = 2 * keys * padded_dim * (packed + element_size(type));
+  const int64_t row = padded_dim * packed + (padded_dim + scores) * sizeof(float);
+  return std::clamp<int64_t>((caches().share / 8 * 7 - tile) / row / 64 * 64, strips ? 256 : 64, strips ? 512 : 256);
 }
 
 void finish_row(const AttentionArgs& args, int64_t b, int64_t head, int64_t query, float row_max, float row_sum,

@@ -7,7 +7,7 @@
 // of all heads that share the KV head), then an online softmax. On x86 keys are read in place by packed queries. Single
 // queries: K and V rows are read in place.
 // Accumulation is float32. A row with no key: out 0, lse -inf. A value row that a query may not see never touches it,
-// NaN included. Rows are worked as many at a time as the second-level cache holds, so that the scratch has one size.
+// NaN included. Rows are worked as many at a time as the caches hold, so that the scratch has one size.
 #pragma once
 
 #include "core/types.h"

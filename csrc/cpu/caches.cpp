@@ -39,11 +39,12 @@ int64_t count_listed(const std::string& list) {
   return std::max<int64_t>(1, count);
 }
 
-struct Listed {
+struct Cache {
   int64_t bytes = 0, cpus = 1;  // that share it
 };
 
-Listed listed_cache(int level) {
+// 0 bytes of a level that is not listed.
+Cache listed_cache(int level) {
   for (int i = 0; i < 8; ++i) {
     const std::string at = kListed + std::to_string(i) + '/', type = word_of(at + "type");
     if (word_of(at + "level") != std::to_string(level) || (type != "Data" && type != "Unified")) continue;
@@ -66,12 +67,15 @@ int64_t known_bytes(int level) {
 
 // Hardware threads that share a first-level cache are one core.
 Caches detect() {
-  const Listed first = listed_cache(1), second = listed_cache(2);
-  const int64_t cores = std::max<int64_t>(1, second.cpus / first.cpus);
-  Caches found{first.bytes, second.bytes / cores};
+  const Cache first = listed_cache(1);
+  Caches found{first.bytes, 0};
+  for (const int level : {2, 3}) {
+    const Cache cache = listed_cache(level);
+    found.share = std::max(found.share, cache.bytes / std::max<int64_t>(1, cache.cpus / first.cpus));
+  }
   if (found.first <= 0) found.first = known_bytes(1);
-  if (found.second <= 0) found.second = known_bytes(2);
-  return {found.first > 0 ? found.first : 32 << 10, found.second > 0 ? found.second : 512 << 10};
+  if (found.share <= 0) found.share = known_bytes(2);
+  return {found.first > 0 ? found.first : 32 << 10, found.share > 0 ? found.share : 512 << 10};
 }
 
 Caches& in_use() {
@@ -87,7 +91,7 @@ void force_caches(const Caches& sizes) { in_use() = sizes; }
 
 const char* cache_sizes() {
   static const std::string text =
-      std::to_string(caches().first >> 10) + " KiB, " + std::to_string(caches().second >> 10) + " KiB";
+      std::to_string(caches().first >> 10) + " KiB, " + std::to_string(caches().share >> 10) + " KiB";
   return text.c_str();
 }
 

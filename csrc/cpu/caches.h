@@ -5,9 +5,9 @@
 
 namespace dhsa::cpu {
 
-// Bytes of the first-level cache, and of a core's share of the second-level cache.
+// Bytes of the first-level cache, and of a core's share of those behind it: of the level whose share is the largest.
 struct Caches {
-  int64_t first, second;
+  int64_t first, share;
 };
 
 // Of the system's first core: what Linux lists of it, or what the C library knows; 32 and 512 KiB where neither does.

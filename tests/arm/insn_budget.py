@@ -39,16 +39,17 @@ def output(*command: str | Path, **environment: str) -> str:
     ).stdout  # fmt: skip
 
 
-def build(folder: Path) -> tuple[Path, Path]:
-    """The program of the cases, static, and the plugin that counts."""
+def build(folder: Path, plugin: str) -> tuple[Path, Path]:
+    """The program of the cases, static, and a plugin for it."""
     output("cmake", "--preset", "aarch64", "-B", folder, f"-DCMAKE_CXX_COMPILER={CXX}")
     output("cmake", "--build", folder, "--target", "dhsa_core", "-j", os.environ.get("JOBS", "2"))
-    program, plugin = folder / "insn_cases", folder / "insn_count.so"
+    program = folder / "cases"
     flags = ("-std=c++17", "-O2", "-Wall", "-Wextra", "-static", "-Icsrc")
-    output(CXX, *flags, HERE / "insn_cases.cpp", folder / "libdhsa_core.a", "-o", program)
+    output(CXX, *flags, HERE / "cases.cpp", folder / "libdhsa_core.a", "-o", program)
     flags = ("-O2", "-Wall", "-Wextra", "-shared", "-fPIC", "-fvisibility=hidden")
-    output(os.environ.get("CC", "gcc"), *flags, HERE / "insn_count.c", "-o", plugin)
-    return program, plugin
+    library = (folder / plugin).with_suffix(".so")
+    output(os.environ.get("CC", "gcc"), *flags, HERE / plugin, "-o", library)
+    return program, library
 
 
 def count(program: Path, plugin: Path, pattern: str, profile: bool) -> list[Row]:
@@ -72,7 +73,7 @@ def count(program: Path, plugin: Path, pattern: str, profile: bool) -> list[Row]
             lines = plugin.with_suffix(f".{isa}.txt").read_text().splitlines()
             regions = [i for i, line in enumerate(lines) if not line.startswith(" ")]
             for case, begin, end in zip(cases, regions, [*regions[1:], len(lines)], strict=True):
-                name, unit, units = case.split("\t")
+                name, unit, units, *_ = case.split("\t")
                 per_unit = round(int(lines[begin]) / int(units), 4)
                 rows.append({"isa": isa, "cpu": models[isa], "case": name, "per": unit, "instructions": per_unit})
                 if profile:
@@ -123,7 +124,7 @@ def main() -> None:
     parser.add_argument("--profile", action="store_true", help="print the functions that the instructions are in")
     parser.add_argument("--build", type=Path, default=ROOT / "build" / "aarch64", help="folder of the cross build")
     arguments = parser.parse_args()
-    rows = count(*build(arguments.build.resolve()), arguments.filter, arguments.profile)
+    rows = count(*build(arguments.build.resolve(), "insn_count.c"), arguments.filter, arguments.profile)
     if not rows:
         sys.exit(f"no case has {arguments.filter!r} in its name")
     budget = json.loads(BUDGET.read_text()) if BUDGET.exists() else {"rows": []}

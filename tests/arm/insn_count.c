@@ -1,50 +1,14 @@
-// A TCG plugin for qemu-user: how many instructions the emulated program executes between two marker instructions.
-// A count of instructions is no time: it knows no latency, no cache and no second issue port.
+// A TCG plugin for qemu-user: how many instructions the emulated program executes in a region (qemu_plugin.h), without
+// its markers. A count of instructions is no time: it knows no latency, no cache and no second issue port.
 //
-//   program:  hint #112 begins a region, hint #113 ends it (a machine of its own executes both as nop); they are not
-//             counted, and the region is one thread's
 //   run:      qemu-aarch64 -plugin libinsn_count.so,out=FILE[,profile=on] PROGRAM
 //   FILE:     one line a region, in order: its number of instructions; with a profile, below it a line for each symbol:
 //             two spaces, instructions, name
 //
 // Blocks of code are cut at markers and symbols as they are translated, and each piece adds its length to its symbol's
 // counter when its first instruction runs, in generated code. A region is the difference of two readings, the same on
-// every run. Plugin interface 1 (qemu 6 to 8): later ones count another way. Distributions ship no header of it.
-#include <inttypes.h>
-#include <stdbool.h>
-#include <stddef.h>
-#include <stdint.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
-
-#define EXPORT __attribute__((visibility("default")))
-
-// The part of qemu's plugin interface that is used here; the emulator defines these functions.
-typedef uint64_t qemu_plugin_id_t;
-struct qemu_plugin_tb;
-struct qemu_plugin_insn;
-enum qemu_plugin_cb_flags { kNoRegisters };
-enum qemu_plugin_op { kInlineAdd };
-typedef void (*qemu_plugin_tb_callback)(qemu_plugin_id_t, struct qemu_plugin_tb*);
-typedef void (*qemu_plugin_insn_callback)(unsigned vcpu, void* data);
-typedef void (*qemu_plugin_exit_callback)(qemu_plugin_id_t, void* data);
-struct qemu_info_t;
-void qemu_plugin_register_vcpu_tb_trans_cb(qemu_plugin_id_t, qemu_plugin_tb_callback);
-void qemu_plugin_register_vcpu_insn_exec_cb(struct qemu_plugin_insn*, qemu_plugin_insn_callback,
-                                            enum qemu_plugin_cb_flags, void* data);
-void qemu_plugin_register_vcpu_insn_exec_inline(struct qemu_plugin_insn*, enum qemu_plugin_op, void* counter,
-                                                uint64_t addend);
-void qemu_plugin_register_atexit_cb(qemu_plugin_id_t, qemu_plugin_exit_callback, void* data);
-size_t qemu_plugin_tb_n_insns(const struct qemu_plugin_tb*);
-struct qemu_plugin_insn* qemu_plugin_tb_get_insn(const struct qemu_plugin_tb*, size_t index);
-const void* qemu_plugin_insn_data(const struct qemu_plugin_insn*);
-const char* qemu_plugin_insn_symbol(const struct qemu_plugin_insn*);
-
-EXPORT int qemu_plugin_version = 1;
-EXPORT int qemu_plugin_install(qemu_plugin_id_t, const struct qemu_info_t*, int argc, char** argv);
-
-static const uint32_t kBegin = 0xd503201fu | 112u << 5, kEnd = 0xd503201fu | 113u << 5;
+// every run. Later interfaces than 1 count another way.
+#include "qemu_plugin.h"
 
 struct Counter {
   const char* symbol;
@@ -105,12 +69,6 @@ static void region_ends(unsigned vcpu, void* data) {
   }
   fprintf(out, "%" PRIu64 "\n", instructions);
   if (profile) print_profile(count);
-}
-
-static uint32_t opcode(const struct qemu_plugin_insn* insn) {
-  uint32_t bits;
-  memcpy(&bits, qemu_plugin_insn_data(insn), sizeof bits);
-  return bits;
 }
 
 static void translated(qemu_plugin_id_t id, struct qemu_plugin_tb* block) {

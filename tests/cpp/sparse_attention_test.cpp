@@ -222,10 +222,10 @@ TEST(SparseAttention, same_bits_of_values_that_are_packed_and_of_those_where_the
     Problem problem(DType::kFloat32, {1, 4, 2, 40, 300, head_dim}, true, softmax_of(head_dim));
     const Lists lists(problem, 2, 20);
     const SparseAttention p = call(&problem, lists, 20);
-    cpu::force_caches({0, detected.second});
+    cpu::force_caches({0, detected.share});
     run_stage(p);
     const Array packed = problem.out.copy();
-    cpu::force_caches({64 << 10, detected.second});
+    cpu::force_caches({64 << 10, detected.share});
     problem.out.fill(-1.0);
     run_stage(p);
     for (int64_t i = 0; i < packed.size; ++i) EXPECT_EQ(problem.out.flat(i), packed.flat(i));
@@ -234,7 +234,7 @@ TEST(SparseAttention, same_bits_of_values_that_are_packed_and_of_those_where_the
   cpu::force_caches(detected);
 }
 
-TEST(SparseAttention, any_size_of_the_second_level_cache_gives_the_same) {
+TEST(SparseAttention, same_answer_whatever_the_caches_hold) {
   const cpu::Caches detected = cpu::caches();
   for (const DType dtype : kFloatTypes) {
     for (const int64_t q_block : {40, 150}) {

@@ -1,9 +1,9 @@
-// What the instruction budget counts: each stage of the core on fixed inputs, once, between the markers of
-// insn_count.c.
+// What the plugins of qemu look at: each stage of the core on fixed inputs, once, in a region of qemu_plugin.h.
 //
-//   insn_cases [PART...]   a line a case, in the order of the regions: name, unit, number of units (tab separated);
-//                          only cases whose names have every PART
-//   insn_cases --isas      the ISAs that this machine runs, one a line
+//   cases [--cache KIB] [PART...]  a line a case, in the order of the regions, separated by tabs: name, unit, number of
+//                                  units, and the bytes of each of its inputs as NAME=BYTES; only cases whose names
+//                                  have every PART. Blocks are as for a core with KIB of cache, 512 if not said.
+//   cases --isas                   the ISAs that this machine runs, one a line
 //
 // Shape: 8 query heads, 8 or 2 KV heads, head_dim 128, chunks of 16 tokens; query blocks of 64 and 1024 kept keys of
 // 4096. Units are the least work that the answer needs. The attention cases read 1024 keys in runs of 16 and more, all
@@ -11,6 +11,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <limits>
 #include <random>
@@ -63,6 +64,9 @@ struct Array {
   Array(const Array&) = delete;
   Array& operator=(const Array&) = delete;
 
+  const char* begin() const { return static_cast<const char*>(tensor.data); }
+  int64_t bytes() const { return static_cast<int64_t>(memory.size()) - 64; }
+
   Tensor tensor;
 
  private:
@@ -113,23 +117,36 @@ struct OneThread final : dhsa::cpu::Executor {
 #if defined(__aarch64__)
 void begin_region() { asm volatile("hint #112" ::: "memory"); }
 void end_region() { asm volatile("hint #113" ::: "memory"); }
+void name_input(const char* first, const char* last) {
+  asm volatile("hint #114\n\tldrb wzr, [%0]\n\tldrb wzr, [%1]" ::"r"(first), "r"(last) : "memory");
+}
 #else
-#error "insn_cases counts ARM64 instructions: compile it with aarch64-linux-gnu-g++"
+#error "these are cases of ARM64 instructions: compile it with aarch64-linux-gnu-g++"
 #endif
 
 std::vector<std::string> parts;
 
+struct Input {
+  const char* name;
+  const Array& array;
+};
+
 template <class P>
-void count(const std::string& name, const char* unit, int64_t units, const P& p) {
+void count(const std::string& name, const char* unit, int64_t units, const P& p, std::initializer_list<Input> inputs) {
   for (const std::string& part : parts) {
     if (name.find(part) == std::string::npos) return;
   }
   dhsa::check(p);
   const Array workspace(DType::kInt32, {dhsa::cpu::workspace_bytes(p, 1) / 4}, false);
+  for (const Input& input : inputs) name_input(input.array.begin(), input.array.begin() + input.array.bytes() - 1);
   begin_region();
   dhsa::cpu::run(p, workspace.tensor.data, OneThread());
   end_region();
-  std::printf("%s\t%s\t%lld\n", name.c_str(), unit, static_cast<long long>(units));
+  std::printf("%s\t%s\t%lld", name.c_str(), unit, static_cast<long long>(units));
+  for (const Input& input : inputs) {
+    std::printf("\t%s=%lld", input.name, static_cast<long long>(input.array.bytes()));
+  }
+  std::puts("");
 }
 
 constexpr const char* kMultiplyAdd = "multiply-add";
@@ -157,13 +174,13 @@ void attention(const std::string& suffix, DType dtype, int64_t kv_heads, int64_t
   p.out = out.tensor;
   p.lse = lse.tensor;
   count(std::string("sparse_attention/") + (queries == 1 ? "one_query" : "64_queries") + suffix, kMultiplyAdd,
-        2 * kHeads * queries * kBudget * kHeadDim, p);
+        2 * kHeads * queries * kBudget * kHeadDim, p, {{"q", q}, {"k", k}, {"v", v}});
 }
 
 void boundary_scores(const std::string& suffix, DType dtype, int64_t kv_heads) {
   const Array k(dtype, {1, kv_heads, kLength, kHeadDim}), scores(DType::kFloat32, {1, kLength}, false);
   count("boundary_scores" + suffix, "element of k", kv_heads * kLength * kHeadDim,
-        dhsa::BoundaryScores{k.tensor, 4, scores.tensor});
+        dhsa::BoundaryScores{k.tensor, 4, scores.tensor}, {{"k", k}});
 }
 
 void select_boundaries() {
@@ -175,7 +192,7 @@ void select_boundaries() {
   p.threshold = -std::numeric_limits<float>::infinity();
   p.offsets = offsets.tensor;
   p.num_chunks = num_chunks.tensor;
-  count("select_boundaries", "token", kLength, p);
+  count("select_boundaries", "token", kLength, p, {{"scores", scores}});
 }
 
 void chunk_pool(const std::string& suffix, DType dtype, int64_t kv_heads) {
@@ -188,7 +205,7 @@ void chunk_pool(const std::string& suffix, DType dtype, int64_t kv_heads) {
   p.num_chunks = chunks.num_chunks.tensor;
   p.heads = kv_heads;
   p.pooled = pooled.tensor;
-  count("chunk_pool" + suffix, "element of k", kv_heads * kLength * kHeadDim, p);
+  count("chunk_pool" + suffix, "element of k", kv_heads * kLength * kHeadDim, p, {{"k", k}});
 }
 
 void query_pool(const std::string& suffix, DType dtype, int64_t kv_heads) {
@@ -199,7 +216,7 @@ void query_pool(const std::string& suffix, DType dtype, int64_t kv_heads) {
   p.heads = kv_heads;
   p.q_block = kQBlock;
   p.pooled = pooled.tensor;
-  count("query_pool" + suffix, "element of q", kHeads * kLength / 4 * kHeadDim, p);
+  count("query_pool" + suffix, "element of q", kHeads * kLength / 4 * kHeadDim, p, {{"q", q}});
 }
 
 void chunk_scores() {
@@ -207,7 +224,7 @@ void chunk_scores() {
   const Array q(DType::kFloat32, {1, kHeads, blocks, kHeadDim}), k(DType::kFloat32, {1, kHeads, kChunks, kHeadDim});
   const Array scores(DType::kFloat32, {1, kHeads, blocks, kChunks}, false);
   count("chunk_scores", kMultiplyAdd, kHeads * blocks * kChunks * kHeadDim,
-        dhsa::ChunkScores{q.tensor, k.tensor, scores.tensor});
+        dhsa::ChunkScores{q.tensor, k.tensor, scores.tensor}, {{"q_pooled", q}, {"k_pooled", k}});
 }
 
 void token_scores() {
@@ -216,7 +233,8 @@ void token_scores() {
   const Array to(DType::kFloat32, {1, kHeads, blocks, kLength}, false);
   const Chunks chunks;
   count("token_scores", "score", kHeads * blocks * kLength,
-        dhsa::TokenScores{from.tensor, chunks.offsets.tensor, chunks.num_chunks.tensor, kLength, to.tensor});
+        dhsa::TokenScores{from.tensor, chunks.offsets.tensor, chunks.num_chunks.tensor, kLength, to.tensor},
+        {{"chunk_scores", from}});
 }
 
 void select_keys() {
@@ -235,7 +253,7 @@ void select_keys() {
   p.choice = choice(kBudget);
   p.runs = runs.tensor;
   p.num_runs = num_runs.tensor;
-  count("select_keys", "chunk", kHeads * blocks * kChunks, p);
+  count("select_keys", "chunk", kHeads * blocks * kChunks, p, {{"chunk_scores", scores}});
 }
 
 constexpr int64_t kLastBlocks = 4, kRowsOfBlock = kQBlock / 8;
@@ -257,7 +275,7 @@ void chunk_mass(const std::string& suffix, DType dtype, int64_t kv_heads) {
   p.row_lse = row_lse.tensor;
   int64_t seen = 0;  // chunks that begin at or before a block's end
   for (int64_t j = 0; j < kLastBlocks; ++j) seen += kChunks - j * kQBlock / kChunk;
-  count("chunk_mass" + suffix, kMultiplyAdd, kHeads * kRowsOfBlock * seen * kHeadDim, p);
+  count("chunk_mass" + suffix, kMultiplyAdd, kHeads * kRowsOfBlock * seen * kHeadDim, p, {{"q", q}, {"k_mean", k}});
 }
 
 void refine_keys(const std::string& suffix, DType dtype, int64_t kv_heads) {
@@ -282,7 +300,7 @@ void refine_keys(const std::string& suffix, DType dtype, int64_t kv_heads) {
   p.num_runs = num_runs.tensor;
   const int64_t forced = p.choice.sink + p.choice.local + kQBlock - 1;
   count("refine_keys" + suffix, kMultiplyAdd,
-        refine * (budget - forced) * kLastBlocks * kHeads * kRowsOfBlock * kHeadDim, p);
+        refine * (budget - forced) * kLastBlocks * kHeads * kRowsOfBlock * kHeadDim, p, {{"q", q}, {"k", k}});
 }
 
 void sparse_prefill(const std::string& suffix, DType dtype, int64_t kv_heads, bool accurate) {
@@ -308,7 +326,7 @@ void sparse_prefill(const std::string& suffix, DType dtype, int64_t kv_heads, bo
   int64_t pairs = 0;  // of one head
   for (int64_t i = 0; i < length; ++i) pairs += std::min(i + 1, budget);
   count(std::string("sparse_prefill/") + (accurate ? "mass_refine" : "dot") + suffix, kMultiplyAdd,
-        2 * kHeads * pairs * kHeadDim, p);
+        2 * kHeads * pairs * kHeadDim, p, {{"q", q}, {"k", k}, {"v", v}});
 }
 
 void sparse_decode(const std::string& suffix, DType dtype, int64_t kv_heads) {
@@ -327,7 +345,8 @@ void sparse_decode(const std::string& suffix, DType dtype, int64_t kv_heads) {
   p.softmax = kSoftmax;
   p.out = out.tensor;
   p.lse = lse.tensor;
-  count("sparse_decode" + suffix, kMultiplyAdd, 2 * kHeads * kBudget * kHeadDim, p);
+  count("sparse_decode" + suffix, kMultiplyAdd, 2 * kHeads * kBudget * kHeadDim, p,
+        {{"q", q}, {"k_pooled", pooled}, {"k", k}, {"v", v}});
 }
 
 void count_all() {
@@ -363,9 +382,11 @@ int main(int argc, char** argv) {
     std::puts(isas.c_str());
     return 0;
   }
-  parts.assign(argv + 1, argv + argc);
-  dhsa::cpu::isa_active();                         // chosen on first use, outside of every region
-  dhsa::cpu::force_caches({64 << 10, 512 << 10});  // a Cortex-A76's, not those of the machine that emulates
+  const bool sized = argc > 2 && std::string(argv[1]) == "--cache";
+  parts.assign(argv + (sized ? 3 : 1), argv + argc);
+  // Outside of every region, and not those of the machine that emulates: a Cortex-A76's.
+  dhsa::cpu::force_caches({64 << 10, (sized ? std::atoll(argv[2]) : 512) << 10});
+  dhsa::cpu::isa_active();
   count_all();
   return 0;
 }
