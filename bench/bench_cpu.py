@@ -248,6 +248,7 @@ def keep_freed_memory() -> None:
     torch.empty(31 << 20, dtype=torch.uint8)
 
 
+@torch.no_grad()
 def main() -> None:
     chosen = arguments()
     keep_freed_memory()

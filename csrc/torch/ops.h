@@ -10,6 +10,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
 #include <optional>
@@ -32,15 +33,34 @@ inline std::string device_name(const TorchTensor& x) {
   return x.is_cpu() ? "cpu" : x.is_cuda() ? "cuda:" + std::to_string(x.get_device_index()) : "another device";
 }
 
-// One op's view of its arguments: converts tensors, and holds them all to the first one's device.
+template <class Result>
+Result call_aten(const char* op, const TorchTensor& x) {
+  StableIValue stack[] = {torch::stable::detail::from(x)};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(op, "", stack, TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Result>(stack[0]);
+}
+
+// In grad mode. The stable ABI does not say it of a tensor, but a view of one is a leaf unless gradients flow through
+// it.
+inline bool requires_grad(const TorchTensor& x) {
+  return !call_aten<bool>("aten::is_leaf", call_aten<TorchTensor>("aten::alias", x));
+}
+
+// One op's view of its arguments: converts tensors, holds them all to the first one's device, and refuses those that
+// require grad: the ops have no kernel of autograd's own (dhsa_ext/ops.py).
 class Arguments {
  public:
-  explicit Arguments(const char* op) : op_(op) {}
+  explicit Arguments(const char* op) : op_(op), grad_mode_(aoti_torch_grad_mode_is_enabled()) {}
 
   Tensor operator()(const char* argument, const TorchTensor& x) {
     const std::string device = device_name(x);
     if (device_.empty()) device_ = device;
     if (device != device_) fail(where(argument) + "expected a tensor on " + device_ + ", got one on " + device);
+    if (grad_mode_ && x.scalar_type() != ScalarType::Int && requires_grad(x)) {
+      throw std::runtime_error("dhsa::" + where(argument) +
+                               "expected an input that does not require grad (the op is forward only), got one that "
+                               "does: call it under torch.no_grad() or detach it");
+    }
     if (x.dim() > 5) fail(where(argument) + "expected at most 5 dimensions, got " + std::to_string(x.dim()));
     return view(argument, x);
   }
@@ -93,6 +113,7 @@ class Arguments {
   }
 
   const char* op_;
+  bool grad_mode_;
   std::string device_;
 };
 
@@ -121,8 +142,18 @@ inline float threshold_or_none(std::optional<double> threshold) {
 
 inline int64_t num_blocks(int64_t n, int64_t block) { return (n + block - 1) / block; }
 
+// Contiguous, on the device of `like`; past torch's dispatcher, which would take 1 µs.
 inline TorchTensor empty(const TorchTensor& like, const std::vector<int64_t>& shape, ScalarType type) {
-  return torch::stable::new_empty(like, shape, std::make_optional(type));
+  std::vector<int64_t> stride(shape.size(), 1);
+  for (size_t i = shape.size(); i-- > 1;) stride[i - 1] = stride[i] * std::max<int64_t>(1, shape[i]);
+  int32_t device_type = 0, device_index = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
+  const auto dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
+  AtenTensorHandle result = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.data(),
+                                                         stride.data(), dtype, device_type, device_index, &result));
+  return TorchTensor(result);
 }
 
 using Pair = std::tuple<TorchTensor, TorchTensor>;

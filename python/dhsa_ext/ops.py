@@ -60,6 +60,32 @@ for _schema in SCHEMAS:
 # --- fake kernels: the checks and the shapes, no data ----------------------------------------------------------------
 
 
+def _refuse_grad(op: str, args: tuple) -> None:
+    """As the native kernels do: torch's own kernel for autograd, in Python, would take a third of a small call."""
+    if not torch.is_grad_enabled():
+        return
+    for i, value in enumerate(args):
+        if isinstance(value, Tensor) and value.requires_grad:
+            name = getattr(torch.ops.dhsa, op).default._schema.arguments[i].name
+            raise RuntimeError(
+                f"dhsa::{op}: {name}: expected an input that does not require grad (the op is forward only), got one "
+                "that does: call it under torch.no_grad() or detach it"
+            )
+
+
+def _fake(op: str) -> Callable:
+    """Registers a function as the op's fake kernel."""
+
+    def register(function: Callable) -> None:
+        def kernel(*args, **kwargs):
+            _refuse_grad(op, args)
+            return function(*args, **kwargs)
+
+        torch.library.register_fake(f"dhsa::{op}", kernel, lib=library)
+
+    return register
+
+
 def _float(x: Tensor, *shape) -> Tensor:
     return x.new_empty(shape, dtype=torch.float32)
 
@@ -76,51 +102,51 @@ def _attention_outputs(q: Tensor) -> tuple[Tensor, Tensor]:
     return q.new_empty(q.shape), _float(q, *q.shape[:3])
 
 
-@torch.library.register_fake("dhsa::boundary_scores", lib=library)
+@_fake("boundary_scores")
 def _(k, window=4):
     checks.boundary_scores(k, window)
     return _float(k, k.shape[0], k.shape[2])
 
 
-@torch.library.register_fake("dhsa::boundary_logits", lib=library)
+@_fake("boundary_logits")
 def _(k, win, bin_, wout, bout, wnorm, bnorm, gate_weight, gate_bias, w1, b1, w2, b2, num_heads, window=4):
     weights = [win, bin_, wout, bout, wnorm, bnorm, w1, b1, w2, b2]
     checks.boundary_logits(k, weights, gate_weight, gate_bias, num_heads, window)
     return _float(k, k.shape[0], k.shape[2])
 
 
-@torch.library.register_fake("dhsa::select_boundaries", lib=library)
+@_fake("select_boundaries")
 def _(scores, max_chunks, nms_radius=8, threshold=None, segment=0):
     checks.select_boundaries(scores, max_chunks, nms_radius, threshold, segment)
     batch, length = scores.shape
     return _int(scores, batch, reference.chunk_capacity(length, max_chunks, segment) + 1), _int(scores, batch)
 
 
-@torch.library.register_fake("dhsa::chunk_pool", lib=library)
+@_fake("chunk_pool")
 def _(x, offsets, num_chunks, heads, scale="sqrt"):
     checks.chunk_pool(x, offsets, num_chunks, heads, scale)
     return _float(x, x.shape[0], heads, offsets.shape[1] - 1, x.shape[3])
 
 
-@torch.library.register_fake("dhsa::query_pool", lib=library)
+@_fake("query_pool")
 def _(q, heads, q_block, scale="sqrt"):
     checks.query_pool(q, heads, q_block, scale)
     return _float(q, q.shape[0], heads, _num_blocks(q.shape[2], q_block), q.shape[3])
 
 
-@torch.library.register_fake("dhsa::chunk_scores", lib=library)
+@_fake("chunk_scores")
 def _(q_pooled, k_pooled):
     checks.chunk_scores(q_pooled, k_pooled)
     return _float(q_pooled, *q_pooled.shape[:3], k_pooled.shape[2])
 
 
-@torch.library.register_fake("dhsa::token_scores", lib=library)
+@_fake("token_scores")
 def _(chunk_scores, offsets, num_chunks, k_len):
     checks.token_scores(chunk_scores, offsets, num_chunks, k_len)
     return _float(chunk_scores, *chunk_scores.shape[:3], k_len)
 
 
-@torch.library.register_fake("dhsa::select_keys", lib=library)
+@_fake("select_keys")
 def _(
     chunk_scores, offsets, num_chunks, q_len, k_len, q_block, budget, *,
     sink=16, local=64, window=None, dense_tail=0, min_chunk=1,
@@ -133,7 +159,7 @@ def _(
     return _int(chunk_scores, *lists, capacity, 2), _int(chunk_scores, *lists)
 
 
-@torch.library.register_fake("dhsa::chunk_mass", lib=library)
+@_fake("chunk_mass")
 def _(
     q, k_mean, offsets, num_chunks, k_len, q_block, q_stride=8, *,
     rows="sample", scale=None, softcap=0.0, window=None,
@@ -144,7 +170,7 @@ def _(
     return scores, _float(q, q.shape[0], q.shape[1], blocks, _num_blocks(q_block, q_stride))
 
 
-@torch.library.register_fake("dhsa::refine_keys", lib=library)
+@_fake("refine_keys")
 def _(
     q, k, chunk_scores, row_lse, offsets, num_chunks, q_block, budget, refine, *,
     sink=16, local=64, window=None, dense_tail=0, q_stride=8, rows="sample", scale=None, softcap=0.0,
@@ -157,13 +183,13 @@ def _(
     return _int(q, *lists, reference.refined_run_capacity(k.shape[2], budget), 2), _int(q, *lists)
 
 
-@torch.library.register_fake("dhsa::sparse_attention", lib=library)
+@_fake("sparse_attention")
 def _(q, k, v, runs, num_runs, q_block, *, scale=None, softcap=0.0, window=None):
     checks.sparse_attention(q, k, v, runs, num_runs, q_block, softcap, window)
     return _attention_outputs(q)
 
 
-@torch.library.register_fake("dhsa::sparse_prefill", lib=library)
+@_fake("sparse_prefill")
 def _(
     q, k, v, budget, *, max_chunks=None, q_block=64, select_heads=None, score="dot", pool="sqrt", refine=0,
     q_stride=8, rows="sample", sink=16, local=64, dense_tail=0, boundary_window=4, nms_radius=8, threshold=None,
@@ -176,7 +202,7 @@ def _(
     return _attention_outputs(q)
 
 
-@torch.library.register_fake("dhsa::sparse_decode", lib=library)
+@_fake("sparse_decode")
 def _(
     q, k, v, k_pooled, offsets, num_chunks, budget, *,
     score="dot", refine=0, sink=16, local=64, min_chunk=1, scale=None, softcap=0.0, window=None, cache_seqlens=None,
@@ -195,6 +221,7 @@ def _on_reference(op: str, why: str) -> Callable:
     run = getattr(reference, op)
 
     def kernel(*args, **kwargs):
+        _refuse_grad(op, args)
         backend.say_once(f"dhsa::{op} runs on the float64 Python reference ({why}): right, but slow")
         return run(*args, **kwargs)
 
@@ -211,26 +238,9 @@ def _refused_on_cuda(op: str) -> Callable:
     return kernel
 
 
-def _refuse_grad(op: str) -> Callable:
-    overload = getattr(torch.ops.dhsa, op).default
-
-    def kernel(keyset, *args, **kwargs):
-        if torch.is_grad_enabled():
-            for value, argument in zip(args, overload._schema.arguments, strict=False):
-                if isinstance(value, Tensor) and value.requires_grad:
-                    raise RuntimeError(
-                        f"dhsa::{op}: {argument.name}: expected an input that does not require grad (the op is forward "
-                        "only), got one that does: call it under torch.no_grad() or detach it"
-                    )
-        with torch._C._AutoDispatchBelowAutograd():
-            return overload.redispatch(keyset & torch._C._after_autograd_keyset, *args, **kwargs)
-
-    return kernel
-
-
 def _register_kernels() -> None:
     for op in OPS:
-        library.impl(op, _refuse_grad(op), "Autograd", with_keyset=True)
+        library.impl(op, torch.library.fallthrough_kernel, "Autograd")  # kernels refuse inputs that require grad
         if backend.name == "reference":
             library.impl(op, _on_reference(op, backend.reason), "CompositeExplicitAutograd")
             continue
