@@ -101,8 +101,8 @@ def test_inputs_that_require_grad_are_refused(ops, op):
 
 
 def test_compiled_inputs_that_require_grad_are_refused(ops):
-    q = torch.randn(1, 2, 8, 16, device=ops.device, requires_grad=True)
-    k = torch.randn(1, 2, 8, 16, device=ops.device)
+    q = torch.randn(1, 2, 8, 64, device=ops.device, requires_grad=True)
+    k = torch.randn(1, 2, 8, 64, device=ops.device)
     compiled = torch.compile(lambda q: torch.ops.dhsa.sparse_prefill(2.0 * q, k, k, 200), backend="aot_eager")
     with pytest.raises(RuntimeError, match=r"dhsa::sparse_prefill: q: expected .*grad.*, got "):
         compiled(q)
