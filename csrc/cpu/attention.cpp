@@ -97,7 +97,8 @@ struct Keys {
   }
 };
 
-// Rows of a tile: `heads` heads from first_head, each with `queries` queries from first_query; row = h * queries + i.
+// Rows of a tile: `queries` queries from first_query, each of `heads` heads from first_head; row = i * heads + h, so
+// that later tiles are for later rows.
 struct Rows {
   int64_t b, first_head, heads, first_query, queries, kv_head;
 
@@ -105,9 +106,14 @@ struct Rows {
 };
 
 void load_queries(const AttentionArgs& args, const Rows& rows, float scale, float* to) {
-  for (int64_t h = 0; h < rows.heads; ++h) {
-    args.kernels->load_rows[args.q.dtype](args.q.at(rows.b, rows.first_head + h, rows.first_query), args.q.row,
-                                          rows.queries, args.head_dim, scale, to + h * rows.queries * args.head_dim);
+  const auto load_rows = args.kernels->load_rows[args.q.dtype];
+  if (rows.heads == 1) {
+    load_rows(args.q.at(rows.b, rows.first_head, rows.first_query), args.q.row, rows.queries, args.head_dim, scale, to);
+    return;
+  }
+  for (int64_t i = 0; i < rows.queries; ++i, to += rows.heads * args.head_dim) {
+    load_rows(args.q.at(rows.b, rows.first_head, rows.first_query + i), args.q.head, rows.heads, args.head_dim, scale,
+              to);
   }
 }
 
@@ -117,8 +123,8 @@ bool uses_pairs(const AttentionArgs& args) { return args.kernels->pack_key_pairs
 
 void copy_queries(const AttentionArgs& args, const Rows& rows, float* copy) {
   uint16_t* to = reinterpret_cast<uint16_t*>(copy);
-  for (int64_t h = 0; h < rows.heads; ++h) {
-    for (int64_t i = 0; i < rows.queries; ++i, to += args.head_dim) {
+  for (int64_t i = 0; i < rows.queries; ++i) {
+    for (int64_t h = 0; h < rows.heads; ++h, to += args.head_dim) {
       std::memcpy(to, args.q.at(rows.b, rows.first_head + h, rows.first_query + i), args.head_dim * sizeof(uint16_t));
     }
   }
@@ -197,7 +203,7 @@ void attend_tile(const AttentionArgs& args, const Rows& rows, const Keys& keys, 
   const bool key_by_key = masked && !finite;
   for (int64_t r = 0; r < m; ++r) {
     float* s = scratch.probs + r * kBlockN;
-    const int64_t p = p0 + r % rows.queries;
+    const int64_t p = p0 + r / rows.heads;
     const int64_t low = args.softmax.window > 0 ? std::max<int64_t>(-1, p - args.softmax.window) : -1;
     if (pairs) kernels.scale_row(s, padded, args.softmax.scale);
     if (args.softmax.softcap > 0.0f) kernels.softcap_row(s, padded, args.softmax.softcap);
@@ -296,13 +302,36 @@ void load_columns(const AttentionArgs& args, const Rows& rows, const AttentionSc
     const int type = copied ? static_cast<int>(DType::kFloat32) : args.q.dtype;
     args.kernels->pack_keys[type](q, stride, nullptr, m, columns, args.head_dim, scratch.q);
   }
-  for (int64_t r = 0, i = 0; r < columns; ++r, i = i + 1 < rows.queries ? i + 1 : 0) {
-    const int64_t p = p0 + i;
+  for (int64_t r = 0; r < columns; ++r) {
+    const int64_t p = p0 + std::min(r / rows.heads, rows.queries - 1);
     scratch.high[r] = static_cast<int32_t>(p);
     scratch.low[r] =
         static_cast<int32_t>(args.softmax.window > 0 ? std::max<int64_t>(-1, p - args.softmax.window) : -1);
   }
 }
+
+// What of a block sees some key of a tile; of types that AMX multiplies, all of it.
+struct SeeingRows {
+  Rows rows;
+  AttentionScratch scratch;
+
+  SeeingRows(const AttentionArgs& args, const Rows& block, const Keys& keys, const AttentionScratch& of_block)
+      : rows(block), scratch(of_block) {
+    const int64_t p0 = args.seqlen_k - args.seqlen_q + block.first_query;
+    const bool pairs = uses_pairs(args), strips = pairs && args.kernels->pair_columns > 0;
+    if (strips || keys.least < p0 + kMaxPanel) return;
+    const int64_t queries = (keys.least - p0) / kMaxPanel * kMaxPanel, first = queries * block.heads;
+    rows.first_query += queries;
+    rows.queries -= queries;
+    scratch.q += first * args.head_dim / (pairs ? 2 : 1);
+    scratch.acc += first * round_up(args.head_dim, kMaxPanel);
+    scratch.row_max += first;
+    scratch.row_sum += first;
+    scratch.shrink += first;
+    scratch.low += first;
+    scratch.high += first;
+  }
+};
 
 void attend_rows(const AttentionArgs& args, const Rows& rows, RunList runs, const AttentionScratch& scratch) {
   const bool by_columns = args.kernels->dot_columns[args.k.dtype] != nullptr;
@@ -323,17 +352,18 @@ void attend_rows(const AttentionArgs& args, const Rows& rows, RunList runs, cons
   const bool between = uses_pairs(args) && args.kernels->begin_block != nullptr;
   if (between) args.kernels->begin_block();
   const int64_t step = uses_pairs(args) ? args.kernels->pair_keys : kBlockN;
+  const int64_t late_step = step > kBlockN ? step : kLateKeys;
   Keys keys{scratch.index, 0, 0, 0}, next{scratch.next_index, 0, 0, 0};
   for (keys.take(cursor, step); keys.n > 0; std::swap(keys, next)) {
-    next.take(cursor, step);
-    by_columns ? attend_tile_by_columns(args, rows, keys, next, scratch) : attend_tile(args, rows, keys, scratch);
+    next.take(cursor, keys.most >= p0 - 1 ? late_step : step);
+    const SeeingRows seeing(args, rows, keys, scratch);
+    by_columns ? attend_tile_by_columns(args, seeing.rows, keys, next, seeing.scratch)
+               : attend_tile(args, seeing.rows, keys, seeing.scratch);
   }
   if (between) args.kernels->end_block();
-  for (int64_t h = 0, r = 0; h < rows.heads; ++h) {
-    for (int64_t i = 0; i < rows.queries; ++i, ++r) {
-      finish_row(args, rows.b, rows.first_head + h, rows.first_query + i, scratch.row_max[r], scratch.row_sum[r],
-                 scratch.acc + r * padded_dim);
-    }
+  for (int64_t r = 0; r < rows.count(); ++r) {
+    finish_row(args, rows.b, rows.first_head + r % rows.heads, rows.first_query + r / rows.heads, scratch.row_max[r],
+               scratch.row_sum[r], scratch.acc + r * padded_dim);
   }
 }
 

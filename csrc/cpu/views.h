@@ -11,14 +11,15 @@ namespace dhsa::cpu {
 // [B, heads, L, D] with a contiguous last dimension.
 struct RowView {
   char* data = nullptr;
-  int dtype = 0;  // index into the tables of Kernels
-  int64_t row = 0;
+  int dtype = 0;              // index into the tables of Kernels
+  int64_t head = 0, row = 0;  // strides, in elements
   int64_t batch_bytes = 0, head_bytes = 0, row_bytes = 0;
 
   RowView() = default;
   explicit RowView(const Tensor& t)
       : data(t.as<char>()),
         dtype(static_cast<int>(t.dtype)),
+        head(t.stride[1]),
         row(t.stride[2]),
         batch_bytes(t.stride[0] * element_size(t.dtype)),
         head_bytes(t.stride[1] * element_size(t.dtype)),

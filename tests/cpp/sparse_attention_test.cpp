@@ -234,6 +234,20 @@ TEST(SparseAttention, same_bits_of_values_that_are_packed_and_of_those_where_the
   cpu::force_caches(detected);
 }
 
+TEST(SparseAttention, rows_of_a_block_that_see_no_key_of_a_tile) {
+  for (const DType dtype : kFloatTypes) {
+    for (const int64_t heads : {1, 2}) {  // that share a list
+      for (const int64_t head_dim : {24, 32}) {
+        Problem problem(dtype, {1, 2 * heads, 2, 230, 300, head_dim}, true,
+                        softmax_of(head_dim, 0.0f, draw(0, 1) * 90));
+        const Lists lists(problem, 2, 120, 40);
+        run_stage(call(&problem, lists, 120));
+        for (int64_t j = 0; j < lists.blocks; ++j) expect_block(problem, lists, j, 120);
+      }
+    }
+  }
+}
+
 TEST(SparseAttention, same_answer_whatever_the_caches_hold) {
   const cpu::Caches detected = cpu::caches();
   for (const DType dtype : kFloatTypes) {
