@@ -19,8 +19,8 @@
 
 namespace dhsa::cpu {
 
-constexpr int64_t kQueryKeys = 256;  // keys of a single query at once
-constexpr int64_t kLateKeys = 32;  // of a tile once the first query's own key is passed, which fewer and fewer rows see
+constexpr int64_t kQueryKeys = 256;                // keys of a single query at once
+constexpr int64_t kLateKeys = 32;                  // of a tile past the first query's own key: few rows see the last
 constexpr int64_t kAskingRows = 64;                // of a tile, beside which the next one is asked for
 constexpr int64_t kListedValuesCache = 48 * 1024;  // whose sets hold a tile's values where they lie
 

@@ -40,8 +40,7 @@ Result call_aten(const char* op, const TorchTensor& x) {
   return torch::stable::detail::to<Result>(stack[0]);
 }
 
-// In grad mode. The stable ABI does not say it of a tensor, but a view of one is a leaf unless gradients flow through
-// it.
+// In grad mode. The stable ABI has no getter, but a view of a tensor is a leaf unless gradients flow through it.
 inline bool requires_grad(const TorchTensor& x) {
   return !call_aten<bool>("aten::is_leaf", call_aten<TorchTensor>("aten::alias", x));
 }
