@@ -12,7 +12,8 @@ Global layers run DHSA; layers with a sliding window keep every key of it, on th
 kept per layer and rebuilt whenever the cache is not the one it was built from. A long prompt in pieces keeps the
 activations of one piece: model.generate(..., prefill_chunk_size=4096) under DHSAConfig(segment=4096), which cuts the
 pieces as one prefill would. Letters as in the SPEC, with T = Lq new tokens and S = Lk cached ones, T included. Of a
-padded batch, each row is sliced to its real tokens.
+padded batch, each row is sliced to its real tokens. An offloaded cache needs a transformers that orders its copies:
+5.24 does; 5.17 fetches a layer's keys into memory that is still read, and SDPA's answers are wrong with it too.
 
 Forward only: call the model under torch.no_grad(). Packed sequences, custom 4-D masks, static caches and bidirectional
 (image) tokens raise NotImplementedError: no mask is ever ignored.
