@@ -33,10 +33,15 @@ inline std::string device_name(const TorchTensor& x) {
   return x.is_cpu() ? "cpu" : x.is_cuda() ? "cuda:" + std::to_string(x.get_device_index()) : "another device";
 }
 
+// What torch's C interface returns; the macro for it has another name in torch 2.10.
+inline void expect_done(AOTITorchError error, const char* what) {
+  if (error != 0) throw std::runtime_error(std::string("dhsa: torch: ") + what + " failed");
+}
+
 template <class Result>
 Result call_aten(const char* op, const TorchTensor& x) {
   StableIValue stack[] = {torch::stable::detail::from(x)};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(op, "", stack, TORCH_ABI_VERSION));
+  expect_done(torch_call_dispatcher(op, "", stack, TORCH_ABI_VERSION), op);
   return torch::stable::detail::to<Result>(stack[0]);
 }
 
@@ -146,12 +151,13 @@ inline TorchTensor empty(const TorchTensor& like, const std::vector<int64_t>& sh
   std::vector<int64_t> stride(shape.size(), 1);
   for (size_t i = shape.size(); i-- > 1;) stride[i - 1] = stride[i] * std::max<int64_t>(1, shape[i]);
   int32_t device_type = 0, device_index = 0;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
+  expect_done(aoti_torch_get_device_type(like.get(), &device_type), "device type");
+  expect_done(aoti_torch_get_device_index(like.get(), &device_index), "device index");
   const auto dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
   AtenTensorHandle result = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.data(),
-                                                         stride.data(), dtype, device_type, device_index, &result));
+  expect_done(aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.data(), stride.data(), dtype,
+                                       device_type, device_index, &result),
+              "allocation");
   return TorchTensor(result);
 }
 
