@@ -3,8 +3,8 @@
 # every ISA that the model has. run_arm.sh [GOOGLETEST ARGUMENTS]; CPUS, JOBS and DHSA_TEST_SEED as they say. Under a
 # model that lacks an ISA, running past DHSA_FORCE_ISA's refusal must end in an illegal instruction (IsaDeathTest).
 #
-# Beside it: arm/insn_budget.py, arm/input_reads.py and arm/tile_budget.py hold counts of instructions, bytes fetched by a
-# model of a cache and a model's throughput to budgets (no times), run_arm_python.sh has the Python package.
+# Beside it: arm/insn_budget.py, arm/input_reads.py and arm/tile_budget.py hold counts of instructions, bytes fetched by
+# a model of a cache and a model's throughput to budgets (no times), run_arm_python.sh has the Python package.
 # build_tools/test.sh runs them all.
 set -euo pipefail
 cd "$(dirname "$0")/.."

@@ -1,6 +1,7 @@
 // Stage 4: scores[b, s, i, c] = q_pooled[b, s, i] . k_pooled[b, s, c], no softmax scale. float32 to about 2^-21: each
-// operand is split into two TF32 numbers, a = hi + lo, and hi.hi + hi.lo + lo.hi is summed on the tensor cores. Plain
-// TF32 (2^-11) would reorder chunks.
+// operand is split into two TF32 numbers, a = hi + lo, and hi.hi + hi.lo + lo.hi is summed on the tensor cores, eight
+// channels at a time: they cut sums off, toward 0, so that what they add up is added up by float32 instructions, which
+// round. Plain TF32 (2^-11) would reorder chunks.
 //
 // A block computes 64 query blocks x 128 chunks with 8 warps of 32 x 32, over head_dim in steps of 32: cp.async into
 // two shared buffers, one loading while the other is multiplied.
@@ -68,9 +69,12 @@ __device__ inline void multiply(const float (*q)[kStride], const float (*k)[kStr
       for (int i = 0; i < 2; ++i) split(k[n * 8 + group][column + member + i * 4], b_hi[i], b_lo[i]);
 #pragma unroll
       for (int m = 0; m < 2; ++m) {
-        mma_tf32(acc[m][n], a_lo[m], b_hi);
-        mma_tf32(acc[m][n], a_hi[m], b_lo);
-        mma_tf32(acc[m][n], a_hi[m], b_hi);
+        float sums[4] = {};
+        mma_tf32(sums, a_lo[m], b_hi);
+        mma_tf32(sums, a_hi[m], b_lo);
+        mma_tf32(sums, a_hi[m], b_hi);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) acc[m][n][i] += sums[i];
       }
     }
   }
