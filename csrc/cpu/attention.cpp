@@ -119,7 +119,15 @@ void load_queries(const AttentionArgs& args, const Rows& rows, float scale, floa
 
 // Tiles multiply bfloat16 pairs where the ISA can: queries stay as they are, scores are scaled, and probabilities are
 // rounded to the values' type, as tensor cores would have them.
-bool uses_pairs(const AttentionArgs& args) { return args.kernels->pack_key_pairs[args.k.dtype] != nullptr; }
+bool uses_pairs(const Kernels& kernels, int type) { return kernels.pack_key_pairs[type] != nullptr; }
+bool uses_pairs(const AttentionArgs& args) { return uses_pairs(*args.kernels, args.k.dtype); }
+
+// A strip of columns after the other, as AMX has them, not all at once.
+bool uses_strips(const Kernels& kernels, int type) { return uses_pairs(kernels, type) && kernels.pair_columns > 0; }
+
+int64_t keys_of_tile(const Kernels& kernels, int type) {
+  return uses_pairs(kernels, type) ? kernels.pair_keys : kBlockN;
+}
 
 void copy_queries(const AttentionArgs& args, const Rows& rows, float* copy) {
   uint16_t* to = reinterpret_cast<uint16_t*>(copy);
@@ -234,7 +242,7 @@ void attend_tile_by_columns(const AttentionArgs& args, const Rows& rows, const K
   const Kernels& kernels = *args.kernels;
   const int64_t head_dim = args.head_dim, padded_dim = round_up(head_dim, kMaxPanel);
   const int64_t n = keys.n, m = rows.count(), columns = round_up(m, kMaxPanel);
-  const bool pairs = uses_pairs(args), strips = pairs && kernels.pair_columns > 0;
+  const bool pairs = uses_pairs(args), strips = uses_strips(kernels, args.k.dtype);
   const bool few = columns <= kernels.few_columns[args.k.dtype];
   const int64_t strip = strips && !few ? kernels.pair_columns : columns, lds = strips ? strip : columns + kMaxPanel;
   const KeyTile tile = key_tile(args, rows, keys);
@@ -318,12 +326,11 @@ struct SeeingRows {
   SeeingRows(const AttentionArgs& args, const Rows& block, const Keys& keys, const AttentionScratch& of_block)
       : rows(block), scratch(of_block) {
     const int64_t p0 = args.seqlen_k - args.seqlen_q + block.first_query;
-    const bool pairs = uses_pairs(args), strips = pairs && args.kernels->pair_columns > 0;
-    if (strips || keys.least < p0 + kMaxPanel) return;
+    if (uses_strips(*args.kernels, args.k.dtype) || keys.least < p0 + kMaxPanel) return;
     const int64_t queries = (keys.least - p0) / kMaxPanel * kMaxPanel, first = queries * block.heads;
     rows.first_query += queries;
     rows.queries -= queries;
-    scratch.q += first * args.head_dim / (pairs ? 2 : 1);
+    scratch.q += first * args.head_dim / (uses_pairs(args) ? 2 : 1);
     scratch.acc += first * round_up(args.head_dim, kMaxPanel);
     scratch.row_max += first;
     scratch.row_sum += first;
@@ -351,7 +358,7 @@ void attend_rows(const AttentionArgs& args, const Rows& rows, RunList runs, cons
   KeyCursor cursor = visible_keys(args, runs, p0, p0 + rows.queries - 1);
   const bool between = uses_pairs(args) && args.kernels->begin_block != nullptr;
   if (between) args.kernels->begin_block();
-  const int64_t step = uses_pairs(args) ? args.kernels->pair_keys : kBlockN;
+  const int64_t step = keys_of_tile(*args.kernels, args.k.dtype);
   const int64_t late_step = step > kBlockN ? step : kLateKeys;
   Keys keys{scratch.index, 0, 0, 0}, next{scratch.next_index, 0, 0, 0};
   for (keys.take(cursor, step); keys.n > 0; std::swap(keys, next)) {
@@ -412,11 +419,11 @@ void attend_query(const AttentionArgs& args, const Rows& rows, KeyCursor keys, i
 // Queries, sums and scores of so many rows lie in seven eighths of the core's caches, beside a tile's keys and values,
 // as they are stored and as they are packed. Where strips of rows share copies of keys, up to 512 pay.
 int64_t rows_at_once(const Kernels& kernels, DType type, int64_t head_dim) {
-  const bool pairs = kernels.pack_key_pairs[static_cast<int>(type)] != nullptr;
-  const bool strips = pairs && kernels.pair_columns > 0;
-  const int64_t packed = pairs ? sizeof(uint16_t) : sizeof(float), padded_dim = round_up(head_dim, kMaxPanel);
-  const int64_t keys = pairs ? kernels.pair_keys : kBlockN, scores = strips ? 0 : kBlockN;
-  const int64_t tile = 2 * keys * padded_dim * (packed + element_size(type));
+  const int index = static_cast<int>(type);
+  const bool strips = uses_strips(kernels, index);
+  const int64_t packed = uses_pairs(kernels, index) ? sizeof(uint16_t) : sizeof(float);
+  const int64_t padded_dim = round_up(head_dim, kMaxPanel), scores = strips ? 0 : kBlockN;
+  const int64_t tile = 2 * keys_of_tile(kernels, index) * padded_dim * (packed + element_size(type));
   const int64_t row = padded_dim * packed + (padded_dim + scores) * sizeof(float);
   return std::clamp<int64_t>((caches().share / 8 * 7 - tile) / row / 64 * 64, strips ? 256 : 64, strips ? 512 : 256);
 }

@@ -121,7 +121,7 @@ void name_input(const char* first, const char* last) {
   asm volatile("hint #114\n\tldrb wzr, [%0]\n\tldrb wzr, [%1]" ::"r"(first), "r"(last) : "memory");
 }
 #else
-#error "these are cases of ARM64 instructions: compile it with aarch64-linux-gnu-g++"
+#error "these are cases for ARM64: compile them with aarch64-linux-gnu-g++"
 #endif
 
 std::vector<std::string> parts;

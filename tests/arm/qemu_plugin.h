@@ -21,7 +21,7 @@ struct qemu_plugin_tb;
 struct qemu_plugin_insn;
 enum qemu_plugin_cb_flags { kNoRegisters };
 enum qemu_plugin_op { kInlineAdd };
-enum qemu_plugin_mem_rw { kReads = 1, kReadsAndWrites = 3 };
+enum qemu_plugin_mem_rw { kReadsAndWrites = 3 };
 typedef void (*qemu_plugin_tb_callback)(qemu_plugin_id_t, struct qemu_plugin_tb*);
 typedef void (*qemu_plugin_insn_callback)(unsigned vcpu, void* data);
 typedef void (*qemu_plugin_mem_callback)(unsigned vcpu, qemu_plugin_meminfo_t, uint64_t address, void* data);
